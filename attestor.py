@@ -82,6 +82,7 @@ _REGION: Final = re.compile(r"[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}")
 _KEY_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}")
 _ALIAS: Final = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")
 _ARN: Final = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):[0-9]{12}:(.+)")
+_ENDPOINT: Final = re.compile(r"https://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?", re.IGNORECASE)
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/\s]+={0,2}\s*")
 
 # Worth another try: the SDK's throttling codes, and what KMS documents as transient
@@ -138,6 +139,9 @@ class NotAuthenticError(AttestorError):
 class EnvelopeError(NotAuthenticError):
     """CiphertextForRecipient is not an envelope for our key."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"bad envelope: {reason}")
+
 
 class OutputError(AttestorError):
     """The secret cannot be written."""
@@ -180,31 +184,31 @@ def open_envelope(envelope: bytes, key: RSAPrivateKey) -> bytes:
 def _parse_ber(data: bytes) -> _Element:
     """The single BER element that the data consists of (X.690 section 8.1)."""
     if len(data) > CIPHERTEXT_MAX:
-        raise EnvelopeError(f"envelope is {len(data)} bytes long, KMS sends at most {CIPHERTEXT_MAX}")
+        raise EnvelopeError(f"{len(data)} bytes long, KMS sends at most {CIPHERTEXT_MAX}")
     element, end = _read_element(data, 0, len(data), _DEPTH_MAX)
     if end != len(data):
-        raise EnvelopeError(f"envelope ends after {end} of {len(data)} bytes")
+        raise EnvelopeError(f"it ends after {end} of {len(data)} bytes")
     return element
 
 
 def _read_element(data: bytes, start: int, limit: int, depth: int) -> tuple[_Element, int]:
     """The element at `start` and the offset behind it; it may not reach beyond `limit`."""
     if depth == 0:
-        raise EnvelopeError(f"envelope nests more than {_DEPTH_MAX} deep")
+        raise EnvelopeError(f"it nests more than {_DEPTH_MAX} deep")
     if limit - start < 2:
-        raise EnvelopeError(f"envelope is cut short at byte {start}")
+        raise EnvelopeError(f"cut short at byte {start}")
     tag = data[start]
     if tag & 0x1F in {0x00, 0x1F} and tag < 0x80:  # end-of-contents where none belongs; tags of several octets
-        raise EnvelopeError(f"envelope has an unexpected tag {tag:#04x} at byte {start}")
+        raise EnvelopeError(f"unexpected tag {tag:#04x} at byte {start}")
     length, start = _read_length(data, start + 1, limit)
     if length is None:
         if not tag & 0x20:
-            raise EnvelopeError(f"envelope has a primitive element of indefinite length at byte {start}")
+            raise EnvelopeError(f"primitive element of indefinite length at byte {start}")
         children, end = _read_children(data, start, limit, depth, indefinite=True)
         return _Element(tag, b"", children), end
     end = start + length
     if end > limit:
-        raise EnvelopeError(f"envelope is cut short at byte {limit}")
+        raise EnvelopeError(f"cut short at byte {limit}")
     if tag & 0x20:
         return _Element(tag, b"", _read_children(data, start, end, depth, indefinite=False)[0]), end
     return _Element(tag, data[start:end]), end
@@ -219,7 +223,7 @@ def _read_length(data: bytes, start: int, limit: int) -> tuple[int | None, int]:
         return None, start + 1
     end = start + 1 + (first & 0x7F)
     if end - start > 5 or end > limit:
-        raise EnvelopeError(f"envelope has a length of {first & 0x7F} octets at byte {start}")
+        raise EnvelopeError(f"length of {first & 0x7F} octets at byte {start}")
     return int.from_bytes(data[start + 1 : end], "big"), end
 
 
@@ -345,9 +349,9 @@ def _decrypt_content(content_key: bytes | None, iv: bytes, ciphertext: bytes) ->
     padded = decryptor.update(ciphertext) + decryptor.finalize()
     count = padded[-1]
     if content_key is None or not 1 <= count <= 16 or not padded.endswith(bytes([count]) * count):
-        raise EnvelopeError("envelope does not open with this enclave's key")
+        raise EnvelopeError("it does not open with this enclave's key")
     if not 0 < len(padded) - count <= PLAINTEXT_MAX:
-        raise EnvelopeError(f"envelope holds {len(padded) - count} bytes, KMS sends 1 to {PLAINTEXT_MAX}")
+        raise EnvelopeError(f"it holds {len(padded) - count} bytes, KMS sends 1 to {PLAINTEXT_MAX}")
     return padded[:-count]
 
 
@@ -538,6 +542,9 @@ def _unwrap_answer(
 ) -> None:
     if model.name not in _SECRET_MEMBER or http_response.status_code >= 300:
         return
+    announced = http_response.headers.get("Content-Length")
+    if announced and announced != str(len(http_response.content)):
+        raise UnreachableError(f"answer of KMS is cut short: {len(http_response.content)} of {announced} bytes")
     member = _SECRET_MEMBER[model.name]
     if parsed.get(member):
         raise NotAuthenticError(f"answer of KMS has a {member} in the clear")
@@ -681,14 +688,18 @@ def _hints(code: str) -> tuple[str, ...]:
 def _translate_tls(error: Exception) -> AttestorError:
     import ssl
 
+    from urllib3.util.ssl_match_hostname import CertificateError  # a wrong name, found by urllib3 and not by ssl
+
     causes = list(_causes(error))
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+    if any(isinstance(cause, ssl.SSLCertVerificationError | CertificateError) for cause in causes):
         return NotAuthenticError(
             f"certificate of KMS is not valid: {error}",
             "somebody may be in the middle; AWS_CA_BUNDLE names the roots to trust",
         )
     if any(isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError) for cause in causes):
-        return InputError(f"CA bundle cannot be read: {error}")
+        return InputError(
+            f"CA bundle cannot be read: {error}", "AWS_CA_BUNDLE or ca_bundle in the configuration names it"
+        )
     return UnreachableError(f"no TLS with KMS: {error}")
 
 
@@ -1021,6 +1032,8 @@ def _seconds(_context: click.Context, _option: click.Parameter, text: str) -> fl
 def _https(_context: click.Context, _option: click.Parameter, url: str | None) -> str | None:
     if url is not None and not url.lower().startswith("https://"):
         raise InputError("--endpoint-url is not https", "TLS is what authenticates the answer of KMS")
+    if url is not None and not _ENDPOINT.fullmatch(url):
+        raise InputError(f"--endpoint-url {url} is no endpoint, such as https://kms.eu-west-1.amazonaws.com")
     return url
 
 

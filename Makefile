@@ -1,0 +1,67 @@
+# The project's one task runner: what it runs is what CI runs.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+CC ?= cc
+
+.PHONY: help demo test lint bench libnsm lock clean
+
+help:
+	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
+	@echo 'make test    run all tests'
+	@echo 'make lint    ruff, mypy --strict and, where it is installed, shellcheck'
+	@echo 'make bench   compare with a plain boto3 script'
+	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
+	@echo 'make lock    renew requirements/ (needs uv)'
+	@echo 'make clean   remove what was built'
+
+demo: $(READY) transport
+	@PATH="$(abspath $(BIN)):$$PATH" nitrosim/demo.sh
+
+test: $(READY) transport
+	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(SCRIPTS); \
+	else echo 'shellcheck is not installed: scripts are not checked'; fi
+
+SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm
+
+bench: $(READY) transport
+	$(BIN)/python -m tests.bench
+
+# With cargo on the path the patched library is built and used; without it, /dev/nsm is used directly.
+.PHONY: transport
+transport: $(READY)
+	@if command -v cargo >/dev/null; then patches/build-libnsm; \
+	else echo 'cargo is not installed: no libnsm.so, /dev/nsm is used directly'; fi
+
+libnsm:
+	patches/build-libnsm
+
+lock:
+	@for lock in run: sim:sim dev:sim,dev; do \
+		set -- "$${lock%%:*}" $$(echo "$${lock#*:}" | tr ',' ' '); name=$$1; shift; \
+		uv pip compile pyproject.toml $$(for extra; do echo "--extra $$extra"; done) --universal \
+			--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --upgrade \
+			--custom-compile-command 'make lock' --quiet --output-file "requirements/$$name.txt"; \
+	done
+
+$(READY): requirements/dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is missing; on Debian: apt-get install python3 python3-venv' >&2; exit 1; }
+	@command -v $(firstword $(CC)) >/dev/null || { echo 'a C compiler is missing; on Debian: apt-get install gcc libc6-dev' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo 'the venv module of Python is missing; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'setting up $(VENV): takes a minute, once'
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist nsm/libnsm.so .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,167 @@
+"""The command `nitrosim`: run a command in a simulated enclave, or serve one.
+
+Exit status of `run`: the command's own; 127 if there is no such program, 126 if it cannot be executed, 128 plus the
+number of the signal that ended it; 2 for options that cannot be, 1 when the simulator cannot start.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_FORMS: Final = "kms, kms-chunks, kms-primitive, localstack"
+
+
+class _Cli(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run a command; whatever is wrong becomes one line and an exit status."""
+        kwargs |= {"prog_name": "nitrosim", "standalone_mode": False}
+        try:
+            sys.exit(super().main(*args, **kwargs) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
+        except click.ClickException as error:
+            click.echo(f"nitrosim: error: {error.format_message().rstrip('.')}", err=True)
+            sys.exit(error.exit_code)
+
+
+def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed((
+        click.option("--pcr", "pcrs", metavar="N=HEX", multiple=True, help="a PCR of the enclave, repeatable"),
+        click.option("--debug-mode", "debug", is_flag=True, help="an enclave in debug mode: PCR0, 1, 2 and 8 are zero"),
+        click.option("--key-policy", metavar="FILE", help='JSON policy of alias/nitrosim; "-" is standard input'),
+        click.option("--principal", metavar="ARN", help="whose credentials the command gets"),
+        click.option("--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"),
+        click.option("--fault", "faults", metavar="NAME", multiple=True,
+            help='what goes wrong, one of each layer; "nitrosim faults" lists them'),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """A Nitro Enclave and an attested KMS on a laptop, for tests and for trying things out."""
+
+
+@cli.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@_world_options
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(command: tuple[str, ...], **options: Any) -> int:
+    """Start both, run COMMAND, pass its exit status on.
+
+    \b
+    Example:
+      nitrosim run -- sh -c 'attestor decrypt --any-key blob out && cat out'
+
+    COMMAND finds a Nitro Secure Module at /dev/nsm, and a KMS with a key behind alias/nitrosim in eu-west-1. Keys and
+    certificates are new in each run.
+    """
+    with _world(**options) as world:
+        return _run(command, world.environment(os.environ))
+
+
+@cli.command()
+@_world_options
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="of the KMS  [default: a free one]")
+def serve(**options: Any) -> None:
+    """Start both and stay; prints the environment that leads a command to them, as shell commands.
+
+    \b
+    Example:
+      nitrosim serve > simulator.env &
+      . ./simulator.env
+
+    Ends with SIGINT or SIGTERM.
+    """
+    ending = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the threads start, which inherit it
+    with _world(**options) as world:
+        for line in _exports(world.environment(os.environ)):
+            click.echo(line)
+        sys.stdout.flush()
+        signal.sigwait(ending)
+
+
+@cli.command()
+def faults() -> None:
+    """List what --fault can make go wrong."""
+    from nitrosim.world import FAULTS
+
+    width = max(map(len, FAULTS))
+    for name, description in FAULTS.items():
+        click.echo(f"{name:{width}}  {description}")
+
+
+def _world(*, pcrs: Sequence[str], key_policy: str | None, **options: Any) -> Any:
+    from nitrosim.device import SimulatorError
+    from nitrosim.world import World
+    from nsm.policy import PolicyError
+
+    try:
+        return World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options)
+    except (ValueError, PolicyError) as error:
+        raise click.UsageError(str(error)) from error
+    except SimulatorError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _pcr(text: str) -> tuple[int, bytes]:
+    number, equals, value = text.partition("=")
+    if not (number.isascii() and number.isdigit() and equals):
+        raise ValueError(f"--pcr wants N=HEX, got {text}")
+    return int(number), bytes.fromhex(value)
+
+
+def _read(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--key-policy {path} cannot be read: {error}") from error
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run the command as a shell would: a terminal's signals reach it directly, SIGTERM is passed on."""
+    try:
+        child = subprocess.Popen(command, env=environment)
+    except FileNotFoundError:
+        click.echo(f"nitrosim: error: {command[0]}: not found", err=True)
+        return 127
+    except OSError as error:
+        click.echo(f"nitrosim: error: {command[0]}: {error.strerror}", err=True)
+        return 126
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _exports(environment: dict[str, str]) -> list[str]:
+    """Shell commands that turn the caller's environment into this one."""
+    gone = [f"unset {name}" for name in os.environ if name not in environment]
+    new = [
+        f"export {name}={shlex.quote(value)}" for name, value in environment.items() if os.environ.get(name) != value
+    ]
+    return gone + new
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

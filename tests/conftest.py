@@ -1,0 +1,137 @@
+"""Fixtures: simulated enclaves, and the command line run in them as a user runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import botocore.session
+import pytest
+
+from nitrosim.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+ROOT: Final = Path(__file__).parent.parent
+VECTORS: Final = ROOT.parent / "shared" / "vectors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command did: exit status, standard output, standard error."""
+
+    status: int
+    out: bytes
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The only error line; notes, warnings and hints aside."""
+        (line,) = [line for line in self.err.splitlines() if line.startswith("attestor: error: ")]
+        return line.removeprefix("attestor: error: ")
+
+
+class Enclave:
+    """A simulated enclave and KMS, and an operator who encrypts for it."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self.folder = folder
+        self.environment = world.environment(os.environ) | {"PYTHONPATH": str(ROOT)}
+
+    @property
+    def kms(self) -> Any:
+        """A plain client of the KMS, as the operator has it."""
+        credentials = self.world.kms.credentials
+        return botocore.session.Session().create_client(
+            "kms",
+            region_name=self.world.kms.region,
+            endpoint_url=self.environment["AWS_ENDPOINT_URL_KMS"],
+            verify=self.environment["AWS_CA_BUNDLE"],
+            aws_access_key_id=credentials.access_key,
+            aws_secret_access_key=credentials.secret_key,
+            aws_session_token=credentials.token,
+        )
+
+    def encrypt(self, plaintext: bytes = b"the secret", **context: str) -> bytes:
+        """A ciphertext under alias/nitrosim."""
+        blob: bytes = self.kms.encrypt(KeyId="alias/nitrosim", Plaintext=plaintext, EncryptionContext=context)[
+            "CiphertextBlob"
+        ]
+        return blob
+
+    def place(self, data: bytes, name: str = "blob") -> str:
+        """Write a file into the folder that commands run in."""
+        (self.folder / name).write_bytes(data)
+        return name
+
+    def run(
+        self, *command: str, stdin: bytes | None = None, environment: Mapping[str, str | None] | None = None
+    ) -> Run:
+        """Run any command inside; a variable set to None is removed."""
+        merged = {**self.environment, **(environment or {})}
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={name: value for name, value in merged.items() if value is not None},
+            input=stdin if stdin is not None else b"",
+            capture_output=True,
+            check=False,
+            timeout=120,
+        )
+        return Run(done.returncode, done.stdout, done.stderr.decode())
+
+    def attestor(
+        self, *arguments: str, stdin: bytes | None = None, environment: Mapping[str, str | None] | None = None
+    ) -> Run:
+        """Run attestor inside."""
+        return self.run(sys.executable, "-m", "attestor", *arguments, stdin=stdin, environment=environment)
+
+    def decrypt(self, *options: str, environment: Mapping[str, str | None] | None = None) -> Run:
+        """Run `attestor decrypt` from "blob" to "out" with any key."""
+        return self.attestor("decrypt", "--any-key", *options, "blob", "out", environment=environment)
+
+    def files(self) -> set[str]:
+        """Names in the folder, hidden ones too."""
+        return {path.name for path in self.folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def _world() -> Iterator[World]:
+    with World() as world:
+        yield world
+
+
+@pytest.fixture
+def enclave(_world: World, tmp_path: Path) -> Enclave:
+    """An enclave that the policy of alias/nitrosim lets in."""
+    return Enclave(_world, tmp_path)
+
+
+@pytest.fixture
+def enclaves(tmp_path: Path) -> Iterator[Callable[..., Enclave]]:
+    """Makes enclaves with other options of World; all of them see one folder."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: Enclave(stack.enter_context(World(**options)), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """What the real service produced; not part of the project."""
+    if not VECTORS.is_dir():
+        pytest.skip(f"no vectors of the real service at {VECTORS}")
+    return VECTORS
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With ATTESTOR_NO_SKIPS set, a skipped test is a failure: that is how .ci/run keeps checks from vanishing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("ATTESTOR_NO_SKIPS") and reporter and reporter.stats.get("skipped"):
+        reporter.write_line("ATTESTOR_NO_SKIPS is set, but tests were skipped", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,388 @@
+"""Every bad input: one message, its exit status, no traceback, no target, no leftover."""
+
+from __future__ import annotations
+
+import base64
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from nitrosim.envelope import MALFORMED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import Enclave, Run
+
+ARN: Final = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+BLOB: Final = bytes(range(256)) * 2
+
+
+def refused(enclave: Enclave, run: Run, status: int, *parts: str) -> str:
+    """Check the contract of a refusal and return its message."""
+    assert run.status == status, run.err
+    assert run.out == b""
+    assert "Traceback" not in run.err
+    assert "out" not in enclave.files()
+    assert not [name for name in enclave.files() if name.startswith(".")]
+    assert all(
+        line.startswith(("attestor: error: ", "attestor: hint: ", "attestor: warning: "))
+        for line in run.err.splitlines()
+    )
+    for part in parts:
+        assert part in run.err
+    return run.error
+
+
+# -- the ciphertext
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (bytes(6145), "longer than the 6144 bytes"),
+        (base64.b64encode(BLOB), "is base64 text"),
+        (base64.encodebytes(BLOB), "is base64 text"),
+        (b"AQICAHg=\n", "add --base64"),
+    ],
+)
+def test_a_file_that_is_no_ciphertext(enclave: Enclave, data: bytes, part: str) -> None:
+    enclave.place(data)
+    refused(enclave, enclave.decrypt(), 2, part)
+
+
+@pytest.mark.parametrize("data", [b"no*base64", b"AAAA=AAA", base64.b64encode(bytes(6145)), b"A" * 20000, b"A", b"="])
+def test_text_that_is_no_base64(enclave: Enclave, data: bytes) -> None:
+    enclave.place(data)
+    refused(enclave, enclave.decrypt("--base64"), 2)
+
+
+def test_a_ciphertext_that_cannot_be_read(enclave: Enclave) -> None:
+    assert "No such file" in refused(enclave, enclave.decrypt(), 2)
+    (enclave.folder / "blob").mkdir()
+    assert "directory" in refused(enclave, enclave.decrypt(), 2)
+    run = enclave.attestor("decrypt", "--any-key", "-", "out", stdin=b"")
+    assert "standard input is empty" in refused(enclave, run, 2)
+    closed = enclave.run("sh", "-c", f"exec {sys.executable} -m attestor decrypt --any-key - out <&-")
+    assert "cannot be read" in refused(enclave, closed, 2)
+
+
+# -- the options
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--region", "Mars"], "region Mars"),
+        (["--region", "eu-west-1.evil.example"], "is not a region's name"),
+        (["--region", "eu-west-1\n\x1b[2J"], "is not a region's name"),
+        (["--context", "node"], "NAME=VALUE"),
+        (["--context", "=3"], "NAME=VALUE"),
+        (["--context", "node=3", "--context", "node=4"], "node twice"),
+        (["--key-id", "arn:aws:kms:eu-west-1:1:key/x"], "is no key ARN"),
+        (["--key-id", "arn:aws:s3:::bucket"], "is no key ARN"),
+        (["--key-id", "1234"], "is no key ARN, key id or alias"),
+        (["--key-id", ""], "is no key ARN"),
+        (["--region", "us-east-1", "--key-id", ARN], "key ARN is in eu-west-1"),
+        (["--any-key", "--key-id", ARN], "contradicts"),
+        (["--endpoint-url", "http://localhost:1"], "not https"),
+        (["--endpoint-url", "https://"], "endpoint"),
+        (["--endpoint-url", "https://exa mple"], "endpoint"),
+        (["--timeout", "soon"], "number of seconds"),
+        (["--timeout", "0"], "number of seconds"),
+        (["--timeout", "nan"], "number of seconds"),
+        (["--timeout", "-1"], "number of seconds"),
+        (["--algorithm", "ROT13"], "is none of"),
+        (["--algorithm", "RSAES_OAEP_SHA_256"], "needs --key-id"),
+        (["--frobnicate"], "no such option"),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be(enclave: Enclave, options: list[str], part: str) -> None:
+    enclave.place(BLOB)
+    refused(enclave, enclave.attestor("decrypt", *options, "blob", "out"), 2, part)
+
+
+def test_a_missing_argument_and_one_too_many(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    refused(enclave, enclave.attestor("decrypt", "blob"), 2, "missing argument")
+    refused(enclave, enclave.attestor("decrypt", "blob", "out", "more"), 2, "unexpected extra argument")
+    refused(enclave, enclave.attestor("frobnicate"), 2, "no such command")
+
+
+def test_there_is_no_default_region(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    run = enclave.decrypt(environment={"AWS_REGION": None, "AWS_DEFAULT_REGION": None})
+    refused(enclave, run, 2, "no region", "--region")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_KMS"])
+def test_an_insecure_endpoint_from_the_environment(enclave: Enclave, variable: str) -> None:
+    enclave.place(BLOB)
+    run = enclave.decrypt(environment={"AWS_ENDPOINT_URL_KMS": None, variable: "http://localhost:1"})
+    refused(enclave, run, 2, "endpoint http://localhost:1 is not https")
+
+
+def test_an_insecure_endpoint_from_the_configuration(enclave: Enclave, tmp_path: Any) -> None:
+    enclave.place(BLOB)
+    config = tmp_path / "config"
+    config.write_text("[default]\nservices = lan\n[services lan]\nkms =\n  endpoint_url = http://localhost:1\n")
+    run = enclave.decrypt(environment={"AWS_ENDPOINT_URL_KMS": None, "AWS_CONFIG_FILE": str(config)})
+    refused(enclave, run, 2, "endpoint http://localhost:1 is not https")
+
+
+def test_a_ca_bundle_that_is_not_there(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    refused(
+        enclave,
+        enclave.decrypt(environment={"AWS_CA_BUNDLE": "/nowhere.pem"}),
+        2,
+        "CA bundle cannot be read",
+        "AWS_CA_BUNDLE",
+    )
+
+
+# -- the module
+
+
+def test_outside_an_enclave(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    run = enclave.decrypt(environment={"LD_PRELOAD": None, "AWS_ACCESS_KEY_ID": None})
+    refused(enclave, run, 3, "no Nitro Secure Module", "does not look like a Nitro Enclave")
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        ("nsm-internal-error", "InternalError"),
+        ("nsm-invalid-operation", "InvalidOperation"),
+        ("nsm-garbage", "refused"),
+        ("nsm-wrong-kind", "InvalidResponse"),
+        ("nsm-empty-random", "no bytes"),
+    ],
+)
+def test_a_module_that_refuses(enclaves: Callable[..., Enclave], fault: str, part: str) -> None:
+    enclave = enclaves(faults=[fault])
+    enclave.place(BLOB)
+    refused(enclave, enclave.decrypt(), 3, part)
+
+
+# -- credentials
+
+
+def test_no_credentials(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    nothing = {name: None for name in enclave.environment if name.startswith("AWS_") and "KEY" in name}
+    refused(enclave, enclave.decrypt(environment=nothing), 4, "no valid AWS credentials")
+    refused(enclave, enclave.decrypt(environment={"AWS_SECRET_ACCESS_KEY": None}), 4, "no valid AWS credentials")
+    refused(enclave, enclave.decrypt(environment={"AWS_PROFILE": "absent", **nothing}), 4, "absent")
+
+
+def test_wrong_credentials_are_not_repeated(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    run = enclave.decrypt(environment={"AWS_SECRET_ACCESS_KEY": "a-wrong-secret-key"})
+    refused(enclave, run, 4, "InvalidSignatureException", "request id")
+    assert "a-wrong-secret-key" not in run.err
+
+
+# -- the way to KMS
+
+
+def test_a_refused_connection(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"https://127.0.0.1:{unused.getsockname()[1]}"
+        run = enclave.decrypt("--endpoint-url", url, environment={"AWS_MAX_ATTEMPTS": "1"})
+    refused(enclave, run, 5, "cannot be reached", url)
+
+
+def test_a_name_that_does_not_resolve(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    options = ["--endpoint-url", "https://kms.invalid", "--timeout", "20"]
+    refused(enclave, enclave.decrypt(*options, environment={"AWS_MAX_ATTEMPTS": "1"}), 5, "kms.invalid")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "part"),
+    [
+        ("tls-other-ca", 6, "certificate"),
+        ("tls-wrong-name", 6, "certificate"),
+        ("tls-expired", 6, "expired"),
+        ("tls-plain", 5, "no TLS with KMS"),
+        ("tls-old", 5, "no TLS with KMS"),
+    ],
+)
+def test_tls_that_proves_nothing(enclaves: Callable[..., Enclave], fault: str, status: int, part: str) -> None:
+    enclave = enclaves(faults=[fault])
+    enclave.place(BLOB)
+    refused(enclave, enclave.decrypt(), status, part)
+
+
+def test_an_expired_certificate_is_not_retried_into_a_success(enclaves: Callable[..., Enclave]) -> None:
+    enclave = enclaves(faults=["tls-expired"])
+    enclave.place(BLOB)
+    run = enclave.decrypt(environment={"AWS_MAX_ATTEMPTS": "5", "SSL_CERT_FILE": enclave.environment["AWS_CA_BUNDLE"]})
+    refused(enclave, run, 6)
+
+
+@pytest.mark.parametrize("fault", ["hang", "slow-body"])
+def test_the_timeout_bounds_everything(enclaves: Callable[..., Enclave], fault: str) -> None:
+    enclave = enclaves(faults=[fault])
+    enclave.place(enclave.encrypt())
+    start = time.monotonic()
+    refused(enclave, enclave.decrypt("--timeout", "2"), 5, "KMS")
+    assert time.monotonic() - start < 10
+
+
+# -- what KMS answers
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "part"),
+    [
+        ("access-denied", 4, "AccessDeniedException: User"),
+        ("invalid-ciphertext", 4, "InvalidCiphertextException (request id "),
+        ("not-found", 4, "NotFoundException"),
+        ("disabled", 4, "DisabledException"),
+        ("invalid-state", 4, "KMSInvalidStateException"),
+        ("invalid-key-usage", 4, "InvalidKeyUsageException"),
+        ("incorrect-key", 4, "IncorrectKeyException"),
+        ("invalid-grant-token", 4, "InvalidGrantTokenException"),
+        ("expired-token", 4, "ExpiredTokenException"),
+        ("unrecognized-client", 4, "UnrecognizedClientException"),
+        ("invalid-signature", 4, "InvalidSignatureException"),
+        ("validation", 4, "ValidationException"),
+        ("no-message", 4, "(request id "),
+        ("throttling", 5, "ThrottlingException"),
+        ("internal", 5, "KMSInternalException"),
+        ("unavailable", 5, "(request id "),
+        ("key-unavailable", 5, "KeyUnavailableException"),
+        ("dependency-timeout", 5, "DependencyTimeoutException"),
+        ("html-error", 5, "cannot answer now"),
+    ],
+)
+def test_a_refusal_shows_code_message_and_request_id(
+    enclaves: Callable[..., Enclave], fault: str, status: int, part: str
+) -> None:
+    enclave = enclaves(faults=[fault])
+    enclave.place(enclave.encrypt())
+    message = refused(enclave, enclave.decrypt(environment={"AWS_MAX_ATTEMPTS": "2"}), status, part)
+    assert "request id" in message
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "part"),
+    [
+        ("not-json", 6, "no CiphertextForRecipient"),
+        ("empty-body", 6, "no CiphertextForRecipient"),
+        ("no-envelope", 6, "in the clear"),
+        ("nothing-sealed", 6, "no CiphertextForRecipient"),
+        ("plaintext-beside", 6, "in the clear"),
+        ("empty-envelope", 6, "no CiphertextForRecipient"),
+        ("endless-body", 6, ""),
+        ("cut-body", 5, "cut short"),
+        ("reset", 5, "cannot be reached"),
+        ("bad-signature", 4, "ValidationException"),
+        ("expired-leaf", 4, "ValidationException"),
+        ("foreign-root", 4, "ValidationException"),
+        ("no-public-key", 4, "ValidationException"),
+        ("other-public-key", 6, "subject key identifier"),
+        *((name, 6, "bad envelope: ") for name in MALFORMED),
+    ],
+)
+def test_an_answer_that_kms_would_not_give(
+    enclaves: Callable[..., Enclave], fault: str, status: int, part: str
+) -> None:
+    enclave = enclaves(faults=[fault])
+    enclave.place(enclave.encrypt())
+    refused(enclave, enclave.decrypt(environment={"AWS_MAX_ATTEMPTS": "2"}), status, part)
+
+
+@pytest.mark.parametrize("fault", ["wrong-key-id", "no-key-id"])
+def test_an_answer_from_another_key(enclaves: Callable[..., Enclave], fault: str) -> None:
+    enclave = enclaves(faults=[fault])
+    enclave.place(enclave.encrypt())
+    arn = enclave.world.kms.key_arn
+    for key in (arn, arn.split("/")[1]):
+        message = refused(enclave, enclave.attestor("decrypt", "--key-id", key, "blob", "out"), 6, "is from key")
+        assert f"asked for {key}" in message
+
+
+def test_credentials_echoed_by_a_server_are_redacted(enclaves: Callable[..., Enclave]) -> None:
+    enclave = enclaves(faults=["echo-credentials"])
+    enclave.place(enclave.encrypt())
+    run = enclave.decrypt()
+    refused(enclave, run, 4, "[redacted]")
+    credentials = enclave.world.kms.credentials
+    assert credentials.token not in run.err
+    assert credentials.secret_key not in run.err
+
+
+def test_a_message_cannot_add_lines_or_steer_the_terminal(enclaves: Callable[..., Enclave]) -> None:
+    enclave = enclaves(faults=["escape-message"])
+    enclave.place(enclave.encrypt())
+    run = enclave.decrypt()
+    refused(enclave, run, 4)
+    assert "\x1b" not in run.err
+
+
+# -- what KMS refuses by itself
+
+
+def test_the_wrong_enclave(enclaves: Callable[..., Enclave]) -> None:
+    for options in ({"debug": True}, {"pcrs": {0: bytes(47) + b"\1"}}):
+        enclave = enclaves(**options)
+        enclave.place(enclave.encrypt())
+        refused(enclave, enclave.decrypt(), 4, "AccessDeniedException", "request id", "PCR")
+
+
+def test_a_policy_that_asks_for_another_image(enclaves: Callable[..., Enclave]) -> None:
+    from nitrosim.kms import default_policy
+
+    principal = "arn:aws:iam::111122223333:role/other"
+    enclave = enclaves(principal=principal, key_policy=default_policy(principal, bytes(47) + b"\1"))
+    enclave.place(enclave.encrypt())
+    refused(enclave, enclave.decrypt(), 4, "AccessDeniedException", "request id")
+
+
+def test_another_context_a_tampered_blob_and_a_disabled_key(enclaves: Callable[..., Enclave]) -> None:
+    enclave = enclaves()
+    blob = enclave.encrypt(node="3")
+    enclave.place(blob)
+    refused(enclave, enclave.decrypt("--context", "node=4"), 4, "InvalidCiphertextException", "--context")
+    refused(enclave, enclave.decrypt(), 4, "InvalidCiphertextException")
+    enclave.place(blob[:-1] + bytes([blob[-1] ^ 1]))
+    refused(enclave, enclave.decrypt("--context", "node=3"), 4, "InvalidCiphertextException")
+    other = enclave.kms.create_key()["KeyMetadata"]["Arn"]
+    enclave.place(blob)
+    run = enclave.attestor("decrypt", "--key-id", other, "--context", "node=3", "blob", "out")
+    refused(enclave, run, 4, "IncorrectKeyException")
+    enclave.kms.disable_key(KeyId=enclave.world.kms.key_arn.split("/")[1])
+    refused(enclave, enclave.decrypt("--context", "node=3"), 4, "DisabledException")
+
+
+def test_a_bug_shows_where_it_is_and_nothing_else(enclave: Enclave) -> None:
+    enclave.place(BLOB)
+    program = (
+        "import attestor\n"
+        "def fail(*a, **k): raise RuntimeError('a secret in an exception')\n"
+        "attestor.read_ciphertext = fail\n"
+        "attestor.main()"
+    )
+    run = enclave.run(sys.executable, "-c", program, "decrypt", "--any-key", "blob", "out")
+    assert run.status == 1
+    assert run.error == "unexpected RuntimeError at <string>:2"
+    assert "secret" not in run.err
+
+
+def test_errors_survive_a_closed_standard_error(enclave: Enclave) -> None:
+    command = [sys.executable, "-m", "attestor", "decrypt", "--any-key", "absent", "out"]
+    shell = ["sh", "-c", '"$@" 2>&-', "sh", *command]
+    done = subprocess.run(shell, cwd=enclave.folder, env=enclave.environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")

@@ -1,0 +1,128 @@
+"""The envelope parser: real KMS answers, our own forms, second opinions, and everything that is not one."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from asn1crypto import cms
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attestor import CIPHERTEXT_MAX, PLAINTEXT_MAX, EnvelopeError, open_envelope
+from nitrosim.envelope import FORMS, MALFORMED, malform, seal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAMES: Final = ("kms_32-byte-key", "kms_json", "kms_json_multi-chunk", "localstack")
+KEY: Final = rsa.generate_private_key(65537, 2048)
+OTHER_KEY: Final = rsa.generate_private_key(65537, 2048)
+SPKI: Final = KEY.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def load(vectors: Path, name: str) -> tuple[bytes, rsa.RSAPrivateKey, bytes]:
+    folder = vectors / "envelope"
+    key = load_pem_private_key((folder / f"{name}.key.pem").read_bytes(), None)
+    assert isinstance(key, rsa.RSAPrivateKey)
+    return (folder / f"{name}.ber").read_bytes(), key, (folder / f"{name}.plain").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_envelopes_open(vectors: Path, name: str) -> None:
+    envelope, key, plaintext = load(vectors, name)
+    assert open_envelope(envelope, key) == plaintext
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_key_and_every_truncation_are_refused(vectors: Path, name: str) -> None:
+    envelope, key, _ = load(vectors, name)
+    with pytest.raises(EnvelopeError):
+        open_envelope(envelope, OTHER_KEY)
+    for length in range(len(envelope)):
+        with pytest.raises(EnvelopeError):
+            open_envelope(envelope[:length], key)
+    with pytest.raises(EnvelopeError, match="ends after"):
+        open_envelope(envelope + b"\0", key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_flip_of_any_bit_gives_no_plaintext_but_in_iv_and_content(vectors: Path, name: str) -> None:
+    envelope, key, plaintext = load(vectors, name)
+    parsed = cms.ContentInfo.load(envelope)["content"]["encrypted_content_info"]
+    iv = envelope.index(parsed["content_encryption_algorithm"]["parameters"].native)
+    for position in range(len(envelope) * 8):
+        flipped = bytearray(envelope)
+        flipped[position // 8] ^= 1 << position % 8
+        try:
+            opened = open_envelope(bytes(flipped), key)
+        except EnvelopeError:
+            continue
+        # CBC has no integrity: TLS is what protects these bytes. LocalStack's made-up issuer is not compared at all.
+        assert position // 8 >= iv or (opened == plaintext and name == "localstack")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 15, 16, 32, 999, 1000, PLAINTEXT_MAX])
+def test_every_form_opens_and_two_others_agree(form: str, length: int, tmp_path: Path) -> None:
+    plaintext = bytes(index % 251 for index in range(length))
+    envelope = seal(plaintext, SPKI, form)
+    assert open_envelope(envelope, KEY) == plaintext
+    info = cms.ContentInfo.load(envelope, strict=True)
+    assert info["content_type"].native == "enveloped_data"
+    assert len(info["content"]["recipient_infos"]) == 1
+    (tmp_path / "key.pem").write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    openssl = ["openssl", "cms", "-decrypt", "-binary", "-inform", "DER", "-inkey", str(tmp_path / "key.pem")]
+    assert subprocess.run(openssl, input=envelope, capture_output=True, check=True).stdout == plaintext
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_envelopes_are_refused(name: str) -> None:
+    with pytest.raises(EnvelopeError):
+        open_envelope(malform(name, b"the secret", SPKI), KEY)
+
+
+def test_a_wrong_key_and_a_wrong_padding_look_the_same() -> None:
+    messages = set()
+    for name in ("envelope-other-key", "envelope-short-content-key", "envelope-padding"):
+        with pytest.raises(EnvelopeError) as caught:
+            open_envelope(malform(name, b"the secret", SPKI), KEY)
+        messages.add(str(caught.value))
+    assert messages == {"bad envelope: it does not open with this enclave's key"}
+
+
+def test_an_envelope_over_the_limit_is_refused_unread() -> None:
+    with pytest.raises(EnvelopeError, match=f"at most {CIPHERTEXT_MAX}"):
+        open_envelope(bytes(CIPHERTEXT_MAX + 1), KEY)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_end_in_our_own_error(data: bytes) -> None:
+    with pytest.raises(EnvelopeError):
+        open_envelope(data, KEY)
+
+
+@given(st.data())
+def test_any_splice_ends_in_our_own_error_or_a_plaintext(data: st.DataObject) -> None:
+    envelope = seal(b"the secret", SPKI)
+    start = data.draw(st.integers(0, len(envelope)))
+    end = data.draw(st.integers(start, len(envelope)))
+    spliced = envelope[:start] + data.draw(st.binary(max_size=40)) + envelope[end:]
+    try:
+        assert len(open_envelope(spliced, KEY)) <= PLAINTEXT_MAX
+    except EnvelopeError as error:
+        assert "the secret" not in str(error)  # noqa: PT017 - either end is right, this is about one of them
+
+
+@given(st.binary(min_size=1, max_size=PLAINTEXT_MAX), st.sampled_from(sorted(FORMS)))
+def test_round_trip(plaintext: bytes, form: str) -> None:
+    assert open_envelope(seal(plaintext, SPKI, form), KEY) == plaintext

@@ -1,0 +1,242 @@
+"""The secret on disk: absent or complete at any moment, whatever happens to the write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.conftest import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.conftest import Enclave
+
+PLAINTEXT: Final = b"the secret" * 400
+
+
+@pytest.fixture
+def ready(enclave: Enclave) -> Enclave:
+    """An enclave with a ciphertext in its folder."""
+    enclave.place(enclave.encrypt(PLAINTEXT))
+    return enclave
+
+
+def unshared(enclave: Enclave, script: str) -> Run:
+    """Run a shell script in mount and user namespaces of its own, with attestor as `attestor`."""
+    alias = f'attestor() {{ {sys.executable} -m attestor decrypt --any-key "$@"; }}\n'
+    return enclave.run("unshare", "--map-root-user", "--mount", "sh", "-c", alias + script)
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Skip where nobody may mount."""
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    if shutil.which("unshare") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mount namespaces are not to be had: as root, or with user namespaces allowed, they are")
+
+
+def refused(enclave: Enclave, run: Run, part: str, left: set[str]) -> None:
+    assert run.status == 7, run.err
+    assert part in run.error
+    assert enclave.files() == left
+
+
+# -- the target
+
+
+def test_an_existing_target_needs_force(ready: Enclave) -> None:
+    ready.place(b"the old one", "out")
+    refused(ready, ready.decrypt(), "out exists", {"blob", "out"})
+    assert (ready.folder / "out").read_bytes() == b"the old one"
+    assert ready.decrypt("--force") == Run(0, b"", "")
+    assert (ready.folder / "out").read_bytes() == PLAINTEXT
+    assert stat.S_IMODE((ready.folder / "out").stat().st_mode) == 0o600
+    assert ready.files() == {"blob", "out"}
+
+
+def test_a_symbolic_link_is_never_followed(ready: Enclave) -> None:
+    ready.place(b"elsewhere", "elsewhere")
+    (ready.folder / "out").symlink_to("elsewhere")
+    refused(ready, ready.decrypt(), "out exists", {"blob", "out", "elsewhere"})
+    assert ready.decrypt("--force").status == 0
+    assert not (ready.folder / "out").is_symlink()
+    assert (ready.folder / "elsewhere").read_bytes() == b"elsewhere"
+
+
+def test_a_dangling_link_is_a_target_that_exists(ready: Enclave) -> None:
+    (ready.folder / "out").symlink_to("nowhere")
+    refused(ready, ready.decrypt(), "out exists", {"blob", "out"})
+
+
+def test_only_a_file_is_replaced(ready: Enclave) -> None:
+    (ready.folder / "out").mkdir()
+    refused(ready, ready.decrypt("--force"), "no file that could be replaced", {"blob", "out"})
+    (ready.folder / "out").rmdir()
+    os.mkfifo(ready.folder / "out")
+    refused(ready, ready.decrypt("--force"), "no file that could be replaced", {"blob", "out"})
+
+
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        ("absent/out", "No such file or directory"),
+        ("blob/out", "Not a directory"),
+        ("folder/", "names a folder"),
+        (".", "names a folder"),
+        ("folder/..", "names a folder"),
+        ("x" * 256, "File name too long"),
+        ("", "names a folder"),
+    ],
+)
+def test_a_target_that_cannot_be(ready: Enclave, target: str, part: str) -> None:
+    (ready.folder / "folder").mkdir()
+    run = ready.attestor("decrypt", "--any-key", "blob", target)
+    refused(ready, run, part, {"blob", "folder"})
+
+
+def test_the_folder_is_checked_before_kms_is_called(ready: Enclave) -> None:
+    run = ready.attestor("decrypt", "--any-key", "blob", "absent/out", environment={"AWS_ACCESS_KEY_ID": None})
+    assert run.status == 7
+
+
+def test_the_target_may_appear_in_between(ready: Enclave) -> None:
+    """Another process wins the race between the check and the link: its file stays."""
+    program = (
+        "import attestor, os\n"
+        "link = os.link\n"
+        "def late(*a, **k): open('out', 'wb').write(b'theirs'); return link(*a, **k)\n"
+        "os.link = late\n"
+        "attestor.main()"
+    )
+    run = ready.run(sys.executable, "-c", program, "decrypt", "--any-key", "blob", "out")
+    refused(ready, run, "File exists", {"blob", "out"})
+    assert (ready.folder / "out").read_bytes() == b"theirs"
+
+
+# -- the file system
+
+
+def test_a_full_disk(ready: Enclave, namespaces: None) -> None:
+    run = unshared(
+        ready,
+        "mkdir full && mount -t tmpfs -o size=8k none full && "
+        "{ cat /dev/zero > full/filler 2>/dev/null; attestor blob full/out; status=$?; ls -A full; exit $status; }",
+    )
+    assert (run.status, run.out) == (7, b"filler\n")
+    assert "No space left on device" in run.error
+
+
+def test_a_read_only_folder(ready: Enclave, namespaces: None) -> None:
+    run = unshared(ready, "mkdir ro && mount -t tmpfs -o ro none ro && attestor blob ro/out")
+    assert run.status == 7
+    assert "cannot be written" in run.error
+
+
+@pytest.mark.parametrize("options", ["", "--force"])
+def test_without_proc_a_temporary_name_serves(ready: Enclave, namespaces: None, options: str) -> None:
+    run = unshared(ready, f"umask 0; mount -t tmpfs none /proc && attestor {options} blob out")
+    assert run == Run(0, b"", "")
+    assert (ready.folder / "out").read_bytes() == PLAINTEXT
+    assert stat.S_IMODE((ready.folder / "out").stat().st_mode) == 0o600
+    assert ready.files() == {"blob", "out"}
+
+
+# -- in the middle of a write
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+@pytest.mark.parametrize("point", ["fchmod", "write", "fsync"])
+@pytest.mark.parametrize(("what", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("ENOSPC", 7), ("EIO", 7)])
+def test_an_interrupted_write_leaves_nothing(
+    ready: Enclave, options: tuple[str, ...], point: str, what: str, status: int
+) -> None:
+    command = ("decrypt", "--any-key", *options, "blob", "out")
+    run = ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command)
+    assert run.status == status, run.err
+    assert ready.files() == {"blob"}
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+@pytest.mark.parametrize(("point", "what"), [("fsync", "SIGKILL"), ("write", "SIGKILL")])
+def test_even_sigkill_leaves_nothing(ready: Enclave, options: tuple[str, ...], point: str, what: str) -> None:
+    command = ("decrypt", "--any-key", *options, "blob", "out")
+    assert ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command).status == -signal.SIGKILL
+    assert ready.files() == {"blob"}
+
+
+@pytest.mark.parametrize("what", ["SIGINT", "SIGTERM"])
+def test_a_signal_behind_the_point_of_no_return_comes_too_late(ready: Enclave, what: str) -> None:
+    run = ready.run(sys.executable, "-m", "tests.interrupt", "link", what, "decrypt", "--any-key", "blob", "out")
+    assert run == Run(0, b"", "")
+    assert (ready.folder / "out").read_bytes() == PLAINTEXT
+
+
+@pytest.mark.parametrize("point", ["link", "rename"])
+def test_a_failing_replacement_leaves_the_old_one(ready: Enclave, point: str) -> None:
+    ready.place(b"the old one", "out")
+    command = ("decrypt", "--any-key", "--force", "blob", "out")
+    assert ready.run(sys.executable, "-m", "tests.interrupt", point, "EIO", *command).status == 7
+    assert (ready.folder / "out").read_bytes() == b"the old one"
+    assert ready.files() == {"blob", "out"}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_kms_is_silent(enclaves: Callable[..., Enclave], number: signal.Signals, status: int) -> None:
+    enclave = enclaves(faults=["hang"])
+    enclave.place(enclave.encrypt())
+    child = subprocess.Popen(
+        [sys.executable, "-m", "attestor", "decrypt", "-v", "--any-key", "blob", "out"],
+        cwd=enclave.folder, env=enclave.environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with child:
+        assert child.stderr is not None
+        while "attestation document" not in (line := child.stderr.readline()):
+            assert line
+        child.send_signal(number)
+        assert child.wait(timeout=10) == status
+    assert enclave.files() == {"blob"}
+
+
+# -- standard output
+
+
+def test_a_reader_that_went_away(ready: Enclave) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "attestor", "decrypt", "--any-key", "blob", "-"],
+        cwd=ready.folder, env=ready.environment, stdout=writer, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 7
+    assert b"standard output cannot be written: Broken pipe" in done.stderr
+
+
+def test_standard_output_that_is_closed_or_full(ready: Enclave) -> None:
+    command = f"exec {sys.executable} -m attestor decrypt --any-key blob -"
+    closed = ready.run("sh", "-c", f"{command} >&-")
+    assert closed.status == 7
+    assert closed.error == "standard output is closed"
+    full = ready.run("sh", "-c", f"{command} >/dev/full")
+    assert full.status == 7
+    assert "No space left on device" in full.error
+
+
+def test_the_core_limit_is_zero(ready: Enclave, tmp_path: Path) -> None:
+    program = (
+        "import attestor, resource, sys\n"
+        "attestor.cli.main = lambda: sys.exit(str(resource.getrlimit(resource.RLIMIT_CORE)))\n"
+        "attestor.main()"
+    )
+    run = ready.run("sh", "-c", f'ulimit -c unlimited; exec {sys.executable} -c "$1"', "sh", program)
+    assert run.err == "(0, 0)\n"
