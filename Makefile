@@ -53,7 +53,7 @@ lock:
 			--custom-compile-command 'make lock' --quiet --output-file "requirements/$$name.txt"; \
 	done
 
-$(READY): requirements/dev.txt pyproject.toml
+$(READY): requirements/dev.txt
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is missing; on Debian: apt-get install python3 python3-venv' >&2; exit 1; }
 	@command -v $(firstword $(CC)) >/dev/null || { echo 'a C compiler is missing; on Debian: apt-get install gcc libc6-dev' >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo 'the venv module of Python is missing; on Debian: apt-get install python3-venv' >&2; exit 1; }

@@ -8,6 +8,7 @@ Importing this package opens nothing and works outside an enclave.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from nsm.module import REQUEST_MAX, RESPONSE_MAX, Description, ErrorCode, NsmError, Pcr, Transport
@@ -24,7 +25,9 @@ _INDEX_MAX: Final = 0xFFFF  # indices are u16 in the NSM's interface
 class Nsm:
     """One open NSM, safe to share between threads; a context manager that closes it once.
 
-    Without a transport it is found: the device node /dev/nsm. Every operation raises NsmError, and nothing else.
+    Without a transport it is found: the library that NSM_LIBRARY names (which must work: nsm.library.LibraryError),
+    else the patched libnsm.so of this package or of the dynamic linker, else the device node /dev/nsm. Opening and
+    every operation raise NsmError.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
@@ -95,6 +98,13 @@ class Nsm:
 
 
 def _find_transport() -> Transport:
+    """The library that NSM_LIBRARY names, else one that is found, else the bare device."""
+    named = os.environ.get("NSM_LIBRARY")
+    from nsm import library
+
+    path = named or library.find_library()
+    if path:
+        return library.Library(path)
     from nsm.device import Device
 
     return Device()

@@ -195,8 +195,8 @@ def verify(
 
     `roots` are SHA-256 fingerprints of the roots to trust, `at` is the time that the certificates must be valid at
     (now, unless told), `now` the time that `expect.max_age` counts from. Both must be aware. The checks run in the
-    order of `CHECKS`, cheap ones before signatures; DocumentError names the first that fails. Revocation is not
-    checked, as the specification of the format says.
+    order of `CHECKS`, cheap ones before signatures and one signature before four; DocumentError names the first that
+    fails. Revocation is not checked, as the specification of the format says.
     """
     now = now or datetime.now(UTC)
     at = at or now
@@ -207,8 +207,9 @@ def verify(
     root = _check_root(document, roots)
     _check_algorithm(document)
     chain = _load_chain(document)
+    _check_signature(document, chain[-1])
     _check_certificates(chain, at)
-    _check_signatures(document, chain)
+    _check_chain(chain)
     _check_timestamp(document, chain[-1])
     _check_expectations(document, expect, now)
     return VerifiedDocument(
@@ -349,8 +350,6 @@ class _Link(NamedTuple):
     name: str
     certificate: x509.Certificate
     key: ec.EllipticCurvePublicKey
-    issuer: x509.Name
-    subject: x509.Name
     not_before: datetime
     not_after: datetime
 
@@ -391,7 +390,6 @@ def _load(name: str, der: bytes) -> _Link:
         certificate = x509.load_der_x509_certificate(der)
         key = certificate.public_key()
         algorithm = certificate.signature_algorithm_oid
-        names = certificate.issuer, certificate.subject  # parsed when first read, and kept
         validity = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except _UNREADABLE as error:
         raise DocumentError("certificates", f"{name} cannot be read: {error}") from error
@@ -400,18 +398,12 @@ def _load(name: str, der: bytes) -> _Link:
         raise DocumentError("key_type", f"{name} holds a key on {kind}, expected secp384r1")
     if algorithm != x509.SignatureAlgorithmOID.ECDSA_WITH_SHA384:
         raise DocumentError("key_type", f"{name} is signed with {algorithm.dotted_string}, expected ecdsa-with-SHA384")
-    return _Link(name, certificate, key, *names, *validity)
+    return _Link(name, certificate, key, *validity)
 
 
 def _check_certificates(chain: list[_Link], at: datetime) -> None:
     """Everything about the certificates that needs no signature (RFC 5280, section 6.1)."""
-    for issuer, link in pairwise(chain):
-        if link.issuer != issuer.subject:
-            raise DocumentError(
-                "names",
-                f"{link.name} names the issuer {link.issuer.rfc4514_string()}, "
-                f"but follows the certificate of {issuer.subject.rfc4514_string()}",
-            )
+    _check_names(chain)
     for below, link in enumerate(reversed(chain), start=-1):
         if below < 0:
             _check_leaf(link)
@@ -423,6 +415,22 @@ def _check_certificates(chain: list[_Link], at: datetime) -> None:
                 "validity",
                 f"{link.name} is valid from {_utc(link.not_before)} to {_utc(link.not_after)}, "
                 f"but verified at {_utc(at)}",
+            )
+
+
+def _check_names(chain: list[_Link]) -> None:
+    """Each certificate's issuer must be the subject before it. Names cost as much as keys to read: not sooner."""
+    try:
+        subjects = [link.certificate.subject for link in chain]
+        issuers = [link.certificate.issuer for link in chain]
+    except _UNREADABLE as error:
+        raise DocumentError("names", f"a certificate has an unreadable name: {error}") from error
+    for link, issuer, expected in zip(chain[1:], issuers[1:], subjects, strict=False):
+        if issuer != expected:
+            raise DocumentError(
+                "names",
+                f"{link.name} names the issuer {issuer.rfc4514_string()}, "
+                f"but follows the certificate of {expected.rfc4514_string()}",
             )
 
 
@@ -464,26 +472,26 @@ def _check_ca(link: _Link, below: int) -> None:
         raise DocumentError("key_usage", f"{link.name} may not sign certificates, expected the key usage keyCertSign")
 
 
-def _check_signatures(document: AttestationDocument, chain: list[_Link]) -> None:
-    """The document's own signature first: one check refuses every change to the payload, certificates included."""
+def _check_signature(document: AttestationDocument, leaf: _Link) -> None:
+    """The document's own signature: one check refuses every change to the payload, certificates included."""
     half = _SIGNATURE_SIZE // 2
     r, s = (int.from_bytes(part, "big") for part in (document.signature[:half], document.signature[half:]))
     # Sig_structure of RFC 9052, section 4.4, with no external data
     signed = cbor2.dumps(["Signature1", document.protected, b"", document.payload])
     try:
-        chain[-1].key.verify(encode_dss_signature(r, s), signed, _ES384)
+        leaf.key.verify(encode_dss_signature(r, s), signed, _ES384)
     except InvalidSignature as error:
-        raise DocumentError(
-            "signature", f"document is not signed by its leaf certificate, {chain[-1].subject.rfc4514_string()}"
-        ) from error
+        raise DocumentError("signature", "document is not signed by the key in its leaf certificate") from error
+
+
+def _check_chain(chain: list[_Link]) -> None:
     for issuer, link in pairwise(chain):
         certificate = link.certificate
         try:
             issuer.key.verify(certificate.signature, certificate.tbs_certificate_bytes, _ES384)
         except InvalidSignature as error:
-            raise DocumentError(
-                "chain", f"{link.name} is not signed by its issuer, {issuer.subject.rfc4514_string()}"
-            ) from error
+            subject = issuer.certificate.subject.rfc4514_string()
+            raise DocumentError("chain", f"{link.name} is not signed by its issuer, {subject}") from error
 
 
 def _check_timestamp(document: AttestationDocument, leaf: _Link) -> None:
@@ -532,13 +540,13 @@ _ALWAYS: Final = (
     "algorithm",
     "certificates",
     "key_type",
+    "signature",
     "names",
     "extensions",
     "basic_constraints",
     "path_length",
     "key_usage",
     "validity",
-    "signature",
     "chain",
     "timestamp",
 )

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attestor import CIPHERTEXT_MAX, PLAINTEXT_MAX, EnvelopeError, open_envelope
+from attestor import CIPHERTEXT_MAX, PLAINTEXT_MAX, EnvelopeError, _public_key_info, open_envelope
 from nitrosim.envelope import FORMS, MALFORMED, malform, seal
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ NAMES: Final = ("kms_32-byte-key", "kms_json", "kms_json_multi-chunk", "localsta
 KEY: Final = rsa.generate_private_key(65537, 2048)
 OTHER_KEY: Final = rsa.generate_private_key(65537, 2048)
 SPKI: Final = KEY.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def test_the_public_key_is_written_as_the_library_writes_it() -> None:
+    assert _public_key_info(KEY) == SPKI
 
 
 def load(vectors: Path, name: str) -> tuple[bytes, rsa.RSAPrivateKey, bytes]:
