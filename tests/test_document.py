@@ -387,9 +387,7 @@ def test_degenerate_signatures_are_refused(pki: NsmPki, signature: bytes) -> Non
 
 def test_a_document_signed_by_another_leaf_is_refused(pki: NsmPki) -> None:
     document = sign(pki.with_leaf_of(NOW).leaf_key, cbor2.dumps(payload_of(pki)))
-    error = refusal(document, pki)
-    assert error.check == "signature"
-    assert MODULE[:20] in str(error)
+    assert refusal(document, pki).check == "signature"
 
 
 def test_the_order_of_the_chain_counts(pki: NsmPki) -> None:

@@ -388,7 +388,7 @@ def unusable(kind: str, folder: Path) -> str:
         case "some wrappers":
             return compiled(folder, STOCK + "int32_t nsmpy_abi_version(void) { return 1; }")
         case "other version":
-            return compiled(folder, FAKE, "-DABI=2")
+            return compiled(folder, STOCK + "int32_t nsmpy_abi_version(void) { return 2; }")
         case "other machine":
             path.write_bytes(other_machine(sys.executable))
         case "other class":

@@ -1,0 +1,880 @@
+"""Key policies: how KMS decides, what is wrong with one, and how a right one is written.
+
+The table of decisions is written from AWS's documentation; each case names the rule that it shows. EVAL is "Policy
+evaluation logic", COND "Condition operators", MULTI "Conditions with multiple context keys or values", SETS "Set
+operators for multivalued context keys", PRINCIPAL and NOTPRINCIPAL "Principal" and "NotPrincipal", ELEMENTS the rest of
+"IAM JSON policy elements reference" of the IAM User Guide; KMS is "Condition keys for AWS KMS" and "Key policies" of
+the KMS Developer Guide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsm.policy import (
+    ATTESTATION,
+    RECIPIENT_ACTIONS,
+    Bind,
+    Decision,
+    Evaluation,
+    Policy,
+    PolicyError,
+    Request,
+    check,
+    evaluate,
+    measurements,
+    pcr_of_certificate,
+    pcr_of_instance,
+    pcr_of_role,
+    render,
+)
+
+ACCOUNT: Final = "111122223333"
+ROOT: Final = f"arn:aws:iam::{ACCOUNT}:root"
+ROLE: Final = f"arn:aws:iam::{ACCOUNT}:role/Enclave"
+SESSION: Final = f"arn:aws:sts::{ACCOUNT}:assumed-role/Enclave/i-0123456789abcdef0"
+USER: Final = f"arn:aws:iam::{ACCOUNT}:user/Eve"
+ADMIN: Final = f"arn:aws:iam::{ACCOUNT}:role/Admin"
+OTHER: Final = "arn:aws:iam::444455556666:role/Enclave"
+KEY: Final = f"arn:aws:kms:eu-west-1:{ACCOUNT}:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+PCR0: Final = f"{ATTESTATION}PCR0"
+PCR1: Final = f"{ATTESTATION}PCR1"
+PCR2: Final = f"{ATTESTATION}PCR2"
+GOOD: Final = "ab" * 48
+BAD: Final = "cd" * 48
+ZERO: Final = "0" * 96
+
+ALLOWED, DENIED, UNDETERMINED = Decision.ALLOWED, Decision.DENIED, Decision.UNDETERMINED
+Json = dict[str, Any]
+
+
+def statement(condition: Json | None = None, effect: str = "Allow", **members: Any) -> Json:
+    """A statement about kms:Decrypt by the enclave's role; None drops a member."""
+    default: Json = {"Effect": effect, "Principal": {"AWS": ROLE}, "Action": "kms:Decrypt", "Resource": "*"}
+    if condition is not None:
+        default["Condition"] = condition
+    return {name: value for name, value in (default | members).items() if value is not None}
+
+
+def parse(*statements: Json) -> Policy:
+    return Policy.parse(json.dumps({"Version": "2012-10-17", "Statement": list(statements)}))
+
+
+def request(**members: Any) -> Request:
+    """kms:Decrypt by a session of the enclave's role, with a document of the right PCR0."""
+    default: Json = {"principal": SESSION, "action": "kms:Decrypt", "resource": KEY, "pcrs": {0: bytes.fromhex(GOOD)}}
+    return Request(**(default | members))
+
+
+def decide(statements: list[Json], asked: Request) -> Evaluation:
+    return evaluate(parse(*statements), asked)
+
+
+OPEN: Final = statement()
+CONTEXT: Final = {"node": "3", "app": "db"}
+NO_DOCUMENT: Final[Json] = {"pcrs": None}
+
+
+def allow(**condition: Json) -> list[Json]:
+    """One Allow with these condition operators, in which _ stands for the colon after a set operator."""
+    return [statement({name.replace("_", ":"): keys for name, keys in condition.items()})]
+
+
+def deny(**condition: Json) -> list[Json]:
+    """The same as a Deny, beside an Allow of everything."""
+    return [OPEN, statement({name.replace("_", ":"): keys for name, keys in condition.items()}, effect="Deny")]
+
+
+CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
+    # -- effects
+    "EVAL: an allow that applies allows": ([OPEN], {}, ALLOWED),
+    "EVAL: without an allow it is denied implicitly": ([statement(Action="kms:Encrypt")], {}, DENIED),
+    "EVAL: an explicit deny overrides any allow": ([OPEN, statement(effect="Deny")], {}, DENIED),
+    "EVAL: the order of statements does not matter": ([statement(effect="Deny"), OPEN], {}, DENIED),
+    "EVAL: a deny that does not apply changes nothing": (
+        [OPEN, statement(effect="Deny", Action="kms:Encrypt")],
+        {},
+        ALLOWED,
+    ),
+    "EVAL: one of several allows is enough": ([*allow(StringEquals={PCR0: BAD}), OPEN], {}, ALLOWED),
+    "EVAL: a deny alone allows nobody else": ([statement(effect="Deny", Principal={"AWS": USER})], {}, DENIED),
+    # -- principals
+    "PRINCIPAL: a role's sessions are the role": ([OPEN], {"principal": SESSION}, ALLOWED),
+    "PRINCIPAL: the role itself": ([OPEN], {"principal": ROLE}, ALLOWED),
+    "PRINCIPAL: another role is not": ([OPEN], {"principal": ADMIN}, DENIED),
+    "PRINCIPAL: a user of the account is not": ([OPEN], {"principal": USER}, DENIED),
+    "PRINCIPAL: a session's ARN lacks the role's path": (
+        [statement(Principal={"AWS": f"arn:aws:iam::{ACCOUNT}:role/team/app/Enclave"})],
+        {},
+        ALLOWED,
+    ),
+    "PRINCIPAL: a role with another path is another role": (
+        [statement(Principal={"AWS": f"arn:aws:iam::{ACCOUNT}:role/team/Enclave"})],
+        {"principal": ROLE},
+        DENIED,
+    ),
+    "PRINCIPAL: a session named in full": ([statement(Principal={"AWS": SESSION})], {}, ALLOWED),
+    "PRINCIPAL: another session of the role": ([statement(Principal={"AWS": f"{SESSION}1"})], {}, DENIED),
+    "PRINCIPAL: a role's ARN does not tell its session": (
+        [statement(Principal={"AWS": SESSION})],
+        {"principal": ROLE},
+        UNDETERMINED,
+    ),
+    "PRINCIPAL: one of a list": ([statement(Principal={"AWS": [USER, ROLE]})], {}, ALLOWED),
+    "PRINCIPAL: * is everyone": ([statement(Principal="*")], {}, ALLOWED),
+    "PRINCIPAL: AWS * is everyone": ([statement(Principal={"AWS": "*"})], {}, ALLOWED),
+    "PRINCIPAL: wildcards do not match a part of a name": ([statement(Principal={"AWS": f"{ROLE[:-1]}*"})], {}, DENIED),
+    "PRINCIPAL: a service is no role": ([statement(Principal={"Service": "ec2.amazonaws.com"})], {}, DENIED),
+    "PRINCIPAL: the id of a deleted role is nobody": (
+        [statement(Principal={"AWS": "AROAEXAMPLEEXAMPLE123"})],
+        {},
+        DENIED,
+    ),
+    "PRINCIPAL: another partition": ([statement(Principal={"AWS": ROLE.replace("aws", "aws-cn")})], {}, DENIED),
+    "KMS: the account delegates to its identity policies": ([statement(Principal={"AWS": ROOT})], {}, UNDETERMINED),
+    "KMS: the account's bare id, too": ([statement(Principal={"AWS": ACCOUNT})], {}, UNDETERMINED),
+    "KMS: a delegation under a condition that fails": (
+        [statement({"StringEquals": {PCR0: BAD}}, Principal={"AWS": ROOT})],
+        {},
+        DENIED,
+    ),
+    "KMS: the root user needs no identity policy": ([statement(Principal={"AWS": ROOT})], {"principal": ROOT}, ALLOWED),
+    "KMS: the root user by the account's id": ([statement(Principal={"AWS": ACCOUNT})], {"principal": ROOT}, ALLOWED),
+    "EVAL: a deny for the account reaches everyone in it": (
+        [OPEN, statement(effect="Deny", Principal={"AWS": ROOT})],
+        {},
+        DENIED,
+    ),
+    "EVAL: a direct allow needs no delegation": ([statement(Principal={"AWS": ROOT}), OPEN], {}, ALLOWED),
+    "EVAL: a deny beats a delegation": ([statement(Principal={"AWS": ROOT}), statement(effect="Deny")], {}, DENIED),
+    "EVAL: across accounts an identity policy must allow, too": (
+        [statement(Principal={"AWS": OTHER})],
+        {"principal": OTHER},
+        UNDETERMINED,
+    ),
+    "EVAL: another account's root delegates to that account": (
+        [statement(Principal={"AWS": "444455556666"})],
+        {"principal": OTHER},
+        UNDETERMINED,
+    ),
+    "NOTPRINCIPAL: a deny spares nobody that it does not list": (
+        [OPEN, statement(effect="Deny", Principal=None, NotPrincipal={"AWS": USER})],
+        {},
+        DENIED,
+    ),
+    "NOTPRINCIPAL: account, role and session have to be listed": (
+        [OPEN, statement(effect="Deny", Principal=None, NotPrincipal={"AWS": ROLE})],
+        {},
+        UNDETERMINED,
+    ),
+    "NOTPRINCIPAL: an allow reaches everyone else": (
+        [statement(Principal=None, NotPrincipal={"AWS": USER})],
+        {},
+        ALLOWED,
+    ),
+    "NOTPRINCIPAL: a deny of everyone but everyone": (
+        [OPEN, statement(effect="Deny", Principal=None, NotPrincipal="*")],
+        {},
+        ALLOWED,
+    ),
+    # -- actions and resources
+    "ELEMENTS: actions have no case": ([statement(Action="KMS:decrypt")], {}, ALLOWED),
+    "ELEMENTS: * matches any end of an action": ([statement(Action="kms:Dec*")], {}, ALLOWED),
+    "ELEMENTS: ? matches one character": ([statement(Action="kms:Decryp?")], {}, ALLOWED),
+    "ELEMENTS: all actions": ([statement(Action="*")], {}, ALLOWED),
+    "ELEMENTS: GenerateDataKey is not its longer namesakes": (
+        [statement(Action="kms:GenerateDataKey")],
+        {"action": "kms:GenerateDataKeyPair"},
+        DENIED,
+    ),
+    "ELEMENTS: NotAction allows what it does not list": (
+        [statement(Action=None, NotAction="kms:Encrypt")],
+        {},
+        ALLOWED,
+    ),
+    "ELEMENTS: NotAction does not allow what it lists": ([statement(Action=None, NotAction="kms:Dec*")], {}, DENIED),
+    "KMS: in a key policy * is this key": ([statement(Resource="*")], {}, ALLOWED),
+    "ELEMENTS: the key's ARN": ([statement(Resource=KEY)], {}, ALLOWED),
+    "ELEMENTS: another key's ARN": ([statement(Resource=KEY[:-1] + "c")], {}, DENIED),
+    "ELEMENTS: NotResource": ([statement(Resource=None, NotResource=KEY)], {}, DENIED),
+    # -- attestation
+    "KMS: the PCR of the document": (allow(StringEquals={PCR0: GOOD}), {}, ALLOWED),
+    "KMS: another PCR": (allow(StringEquals={PCR0: BAD}), {}, DENIED),
+    "KMS: without a document the key is absent": (allow(StringEquals={PCR0: GOOD}), NO_DOCUMENT, DENIED),
+    "KMS: ImageSha384 is PCR0": (allow(StringEquals={f"{ATTESTATION}ImageSha384": GOOD}), {}, ALLOWED),
+    "KMS: a PCR that the document lacks": (allow(StringEquals={f"{ATTESTATION}PCR16": GOOD}), {}, DENIED),
+    "KMS: names of condition keys have no case": (allow(StringEquals={PCR0.upper(): GOOD}), {}, ALLOWED),
+    "KMS: values are in lower case": (allow(StringEquals={PCR0: GOOD.upper()}), {}, DENIED),
+    "COND: StringEqualsIgnoreCase": (allow(StringEqualsIgnoreCase={PCR0: GOOD.upper()}), {}, ALLOWED),
+    "KMS: 0x is no part of the value": (allow(StringEqualsIgnoreCase={PCR0: f"0x{GOOD}"}), {}, DENIED),
+    "KMS: debug mode reports zeros": (allow(StringEquals={PCR0: ZERO}), {"pcrs": {0: bytes(48)}}, ALLOWED),
+    "KMS: NitroTPM has keys of its own": (allow(StringEquals={f"{ATTESTATION}NitroTPMPCR0": GOOD}), {}, DENIED),
+    "KMS: a misspelt key is absent": (allow(StringEquals={"kms:RecipientAttestation:PCRO": GOOD}), {}, DENIED),
+    # -- several keys and values
+    "MULTI: several keys are ANDed": (allow(StringEquals={PCR0: GOOD, PCR1: GOOD}), {}, DENIED),
+    "MULTI: several keys that all hold": (
+        allow(StringEquals={PCR0: GOOD, PCR1: BAD}),
+        {"pcrs": {0: bytes.fromhex(GOOD), 1: bytes.fromhex(BAD)}},
+        ALLOWED,
+    ),
+    "MULTI: several values are ORed": (allow(StringEquals={PCR0: [BAD, GOOD]}), {}, ALLOWED),
+    "MULTI: several operators are ANDed": (
+        allow(StringEquals={PCR0: GOOD}, StringLike={PCR0: "cd*"}),
+        {},
+        DENIED,
+    ),
+    "MULTI: values of a negated operator are NORed": (allow(StringNotEquals={PCR0: [BAD, GOOD]}), {}, DENIED),
+    "MULTI: a negated operator with none of the values": (allow(StringNotEquals={PCR0: [BAD, ZERO]}), {}, ALLOWED),
+    "MULTI: a deny of two negated keys needs both to differ": (
+        deny(StringNotEquals={PCR0: GOOD, PCR1: GOOD}),
+        {},
+        ALLOWED,
+    ),
+    "MULTI: a deny of one negated key guards": (deny(StringNotEquals={PCR0: BAD}), {}, DENIED),
+    # -- operators
+    "COND: negated operators hold for an absent key": (allow(StringNotEquals={PCR0: BAD}), NO_DOCUMENT, ALLOWED),
+    "COND: so a negated deny applies without a document": (deny(StringNotEquals={PCR0: GOOD}), NO_DOCUMENT, DENIED),
+    "COND: and spares the right document": (deny(StringNotEqualsIgnoreCase={PCR0: GOOD.upper()}), {}, ALLOWED),
+    "COND: StringNotEquals minds the case": (allow(StringNotEquals={PCR0: GOOD.upper()}), {}, ALLOWED),
+    "COND: StringLike takes *": (allow(StringLike={PCR0: "abab*"}), {}, ALLOWED),
+    "COND: StringLike takes ?": (allow(StringLike={PCR0: "?" * 96}), {}, ALLOWED),
+    "COND: StringLike is whole": (allow(StringLike={PCR0: "abab"}), {}, DENIED),
+    "COND: StringEquals takes no wildcards": (allow(StringEquals={PCR0: "*"}), {}, DENIED),
+    "COND: StringNotLike": (allow(StringNotLike={PCR0: "ab*"}), {}, DENIED),
+    "COND: StringNotLike of another pattern": (allow(StringNotLike={PCR0: "cd*"}), {}, ALLOWED),
+    "COND: IfExists holds for an absent key": (allow(StringEqualsIfExists={PCR0: GOOD}), NO_DOCUMENT, ALLOWED),
+    "COND: IfExists compares a key that is there": (allow(StringEqualsIfExists={PCR0: BAD}), {}, DENIED),
+    "COND: Null true wants the key absent": (deny(Null={PCR0: "true"}), NO_DOCUMENT, DENIED),
+    "COND: Null true with the key": (deny(Null={PCR0: True}), {}, ALLOWED),
+    "COND: Null false wants the key": (allow(Null={PCR0: "false"}), {}, ALLOWED),
+    "COND: Null false without the key": (allow(Null={PCR0: "false"}), NO_DOCUMENT, DENIED),
+    "COND: Bool": (allow(Bool={"aws:SecureTransport": "true"}), {}, ALLOWED),
+    "COND: Bool false": (deny(Bool={"aws:SecureTransport": False}), {}, ALLOWED),
+    "COND: ArnLike by parts": (allow(ArnLike={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/Enc*"}), {}, ALLOWED),
+    "COND: ArnEquals takes wildcards, too": (allow(ArnEquals={"aws:PrincipalArn": "arn:*:iam::*:role/*"}), {}, ALLOWED),
+    "COND: a wildcard of an ARN spans no colon": (
+        allow(ArnLike={"aws:PrincipalArn": "arn:aws:*:role/Enclave:*:*"}),
+        {},
+        DENIED,
+    ),
+    "COND: ArnNotLike": (deny(ArnNotLike={"aws:PrincipalArn": ROLE}), {}, ALLOWED),
+    "COND: ArnNotEquals of another role": (deny(ArnNotEquals={"aws:PrincipalArn": ADMIN}), {}, DENIED),
+    "COND: Null of something else": (allow(Null={PCR0: "maybe"}), {}, UNDETERMINED),
+    "COND: a pattern that is no ARN": (allow(ArnLike={"aws:PrincipalArn": "*"}), {}, UNDETERMINED),
+    "SETS: no such set operator": (allow(ForSome_StringEquals={PCR0: GOOD}), {}, UNDETERMINED),
+    "COND: operators have no case": (allow(stringequals={PCR0: GOOD}), {}, ALLOWED),
+    "COND: policy variables cannot be told": (allow(StringEquals={PCR0: "${aws:username}"}), {}, UNDETERMINED),
+    "an operator that does not exist never allows": (allow(StringEqual={PCR0: GOOD}), {}, UNDETERMINED),
+    "an operator that is not evaluated never allows": (
+        allow(NumericLessThan={"aws:MultiFactorAuthAge": 9}),
+        {},
+        UNDETERMINED,
+    ),
+    "an unknown deny does not allow either": (deny(StringEqual={PCR0: GOOD}), {}, UNDETERMINED),
+    "an unknown deny that fails otherwise is out": (
+        deny(StringEqual={PCR0: GOOD}, StringEquals={PCR0: BAD}),
+        {},
+        ALLOWED,
+    ),
+    "unknown conditions without an allow are denied": (
+        [statement({"StringEqual": {PCR0: GOOD}}, effect="Deny")],
+        {},
+        DENIED,
+    ),
+    "a key that the request does not tell": (allow(StringEquals={"aws:SourceVpc": "vpc-1"}), {}, UNDETERMINED),
+    "a key that the caller tells": (
+        allow(StringEquals={"aws:SourceVpc": "vpc-1"}),
+        {"keys": {"aws:sourceVPC": "vpc-1"}},
+        ALLOWED,
+    ),
+    # -- sets
+    "SETS: ForAllValues holds for an absent key": (allow(ForAllValues_StringEquals={PCR0: GOOD}), NO_DOCUMENT, ALLOWED),
+    "SETS: ForAllValues of one value": (allow(ForAllValues_StringEquals={PCR0: BAD}), {}, DENIED),
+    "SETS: ForAnyValue fails for an absent key": (allow(ForAnyValue_StringEquals={PCR0: GOOD}), NO_DOCUMENT, DENIED),
+    "SETS: ForAnyValue, negated, fails for an absent key": (
+        deny(ForAnyValue_StringNotEquals={PCR0: GOOD}),
+        NO_DOCUMENT,
+        ALLOWED,
+    ),
+    "SETS: ForAllValues wants a subset": (
+        allow(ForAllValues_StringEquals={"kms:EncryptionContextKeys": ["app", "node", "env"]}),
+        {"context": CONTEXT},
+        ALLOWED,
+    ),
+    "SETS: ForAllValues refuses what is not listed": (
+        allow(ForAllValues_StringEquals={"kms:EncryptionContextKeys": ["node"]}),
+        {"context": CONTEXT},
+        DENIED,
+    ),
+    "SETS: ForAnyValue wants an intersection": (
+        allow(ForAnyValue_StringEquals={"kms:EncryptionContextKeys": ["node"]}),
+        {"context": CONTEXT},
+        ALLOWED,
+    ),
+    "SETS: several values under a plain operator": (
+        allow(StringEquals={"kms:EncryptionContextKeys": ["node"]}),
+        {"context": CONTEXT},
+        UNDETERMINED,
+    ),
+    # -- other keys of KMS
+    "KMS: encryption context": (allow(StringEquals={"kms:EncryptionContext:node": "3"}), {"context": CONTEXT}, ALLOWED),
+    "KMS: encryption context of another value": (
+        allow(StringEquals={"kms:EncryptionContext:node": "4"}),
+        {"context": CONTEXT},
+        DENIED,
+    ),
+    "KMS: without encryption context": (allow(StringEquals={"kms:EncryptionContext:node": "3"}), {}, DENIED),
+    "KMS: names of a context have no case in a condition": (
+        allow(StringEquals={"kms:EncryptionContext:NODE": "3"}),
+        {"context": CONTEXT},
+        ALLOWED,
+    ),
+    "KMS: an absent context is Null": (deny(Null={"kms:EncryptionContextKeys": "true"}), {}, DENIED),
+    "KMS: CallerAccount": (allow(StringEquals={"kms:CallerAccount": ACCOUNT}), {}, ALLOWED),
+    "KMS: a direct call comes via no service": (
+        allow(StringEquals={"kms:ViaService": "s3.eu-west-1.amazonaws.com"}),
+        {},
+        DENIED,
+    ),
+    "KMS: properties of the key are told by the caller": (
+        allow(StringEquals={"kms:KeySpec": "SYMMETRIC_DEFAULT"}),
+        {"keys": {"kms:KeySpec": "SYMMETRIC_DEFAULT"}},
+        ALLOWED,
+    ),
+    "KMS: or not known": (allow(StringEquals={"kms:KeySpec": "SYMMETRIC_DEFAULT"}), {}, UNDETERMINED),
+}
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_decisions(rule: str) -> None:
+    statements, members, expected = CASES[rule]
+    found = decide(statements, request(**members))
+    assert found.decision is expected, found.reason
+    assert bool(found.undetermined) == (expected is UNDETERMINED)
+    assert len(found.statements) == len(statements)
+
+
+def test_findings_name_both_values() -> None:
+    found = decide([statement({"StringEquals": {PCR0: BAD, PCR1: BAD}}, Sid="Enclave")], request())
+    (finding,) = found.statements
+    assert finding.statement.label == "statement 1 (Enclave)"
+    assert finding.applies is False
+    assert [condition.actual for condition in finding.conditions] == [(GOOD,), ()]
+    assert [condition.condition.values for condition in finding.conditions] == [(BAD,), (BAD,)]
+    assert finding.reasons == (
+        f"StringEquals {PCR0} does not hold: {GOOD}, policy: {BAD}",
+        f"StringEquals {PCR1} does not hold: absent, policy: {BAD}",
+    )
+
+
+def test_findings_name_what_else_differs() -> None:
+    found = decide([statement(Principal={"AWS": USER}, Action="kms:Encrypt", Resource=KEY[:-1])], request())
+    assert [reason.partition(" ")[0] for reason in found.statements[0].reasons] == ["principal", "action", "resource"]
+
+
+def test_only_identity_policies_are_missing_for_a_delegated_decision() -> None:
+    root = statement(Principal={"AWS": ROOT})
+    assert decide([root], request()).delegated
+    unknown = statement({"StringEqual": {PCR0: GOOD}})
+    assert not decide([root, unknown], request()).delegated
+    assert not decide([unknown], request()).delegated
+    assert not decide([OPEN], request()).delegated
+
+
+@pytest.mark.parametrize("principal", ["", "Enclave", "arn:aws:iam::1:role/R", "arn:aws:s3:::bucket", KEY])
+def test_principals_that_are_none_are_refused(principal: str) -> None:
+    with pytest.raises(PolicyError):
+        decide([OPEN], request(principal=principal))
+
+
+def test_a_resource_that_is_no_arn_is_refused() -> None:
+    with pytest.raises(PolicyError, match="alias/x"):
+        decide([OPEN], request(resource="alias/x"))
+
+
+def test_patterns_are_matched_in_reasonable_time() -> None:
+    pattern = "*a" * 2000 + "b"
+    assert decide(allow(StringLike={PCR0: pattern}), request(pcrs={0: b"\xaa" * 48})).decision is DENIED
+    long = {"context": {"x": "a" * 8000}}
+    assert decide(allow(StringLike={"kms:EncryptionContext:x": "*a" * 200 + "b"}), request(**long)).decision is DENIED
+
+
+# ---- reading
+
+BROKEN: Final[dict[str, str | bytes]] = {
+    "nothing": "",
+    "no JSON": "{",
+    "a list": "[]",
+    "not UTF-8": b"\xff",
+    "a number": "1",
+    "nested": "[" * 100_000,
+    "too long": " " * 131_073,
+    "no statement": json.dumps({"Version": "2012-10-17"}),
+    "no statements": json.dumps({"Statement": []}),
+    "a statement of text": json.dumps({"Statement": ["Allow"]}),
+    "another version": json.dumps({"Version": "2012-10-18", "Statement": [OPEN]}),
+    "an unknown element": json.dumps({"Statement": [OPEN], "Statements": []}),
+    "a repeated name": '{"Statement": [], "Statement": []}',
+    "a number that is none": '{"Version": NaN, "Statement": []}',
+    "another effect": json.dumps({"Statement": [OPEN | {"Effect": "allow"}]}),
+    "no effect": json.dumps({"Statement": [statement(Effect=None)]}),
+    "a misspelt member": json.dumps({"Statement": [OPEN | {"Conditions": {}}]}),
+    "no principal": json.dumps({"Statement": [statement(Principal=None)]}),
+    "both principals": json.dumps({"Statement": [statement(NotPrincipal="*")]}),
+    "no action": json.dumps({"Statement": [statement(Action=None)]}),
+    "empty actions": json.dumps({"Statement": [statement(Action=[])]}),
+    "no resource": json.dumps({"Statement": [statement(Resource=None)]}),
+    "an unknown kind of principal": json.dumps({"Statement": [statement(Principal={"GCP": "x"})]}),
+    "an empty principal": json.dumps({"Statement": [statement(Principal={})]}),
+    "a principal of text": json.dumps({"Statement": [statement(Principal=ROLE)]}),
+    "a Sid of numbers": json.dumps({"Statement": [statement(Sid=1)]}),
+    "a condition of text": json.dumps({"Statement": [statement(Condition="x")]}),
+    "an operator of text": json.dumps({"Statement": [statement(Condition={"StringEquals": "x"})]}),
+    "no values": json.dumps({"Statement": [statement(Condition={"StringEquals": {PCR0: []}})]}),
+    "a value that is an object": json.dumps({"Statement": [statement(Condition={"StringEquals": {PCR0: {}}})]}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_policy_is_refused(name: str) -> None:
+    with pytest.raises(PolicyError):
+        Policy.parse(BROKEN[name])
+
+
+def test_one_statement_needs_no_list() -> None:
+    assert Policy.parse(json.dumps({"Statement": OPEN})).statements[0].number == 1
+    assert Policy.parse(json.dumps({"Statement": OPEN}).encode()).version == "2008-10-17"
+
+
+def test_booleans_and_numbers_are_their_text() -> None:
+    (read,) = parse(statement({"Null": {"a": True}, "NumericEquals": {"b": [7, 1.5]}})).statements
+    assert [condition.values for condition in read.conditions] == [("true",), ("7", "1.5")]
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["*", "Allow", ROLE, PCR0]),
+    lambda items: (
+        st.lists(items, max_size=3)
+        | st.dictionaries(st.sampled_from([*OPEN, "Condition", "NotAction", "Statement", "AWS", "Null", PCR0]), items)
+    ),
+    max_leaves=10,
+)
+
+
+@given(st.text(max_size=50) | _JSON.map(json.dumps) | _JSON.map(lambda item: json.dumps({"Statement": item})))
+def test_arbitrary_policies_raise_only_policy_errors(text: str) -> None:
+    try:
+        policy = Policy.parse(text)
+    except PolicyError:
+        return
+    check(policy)
+    evaluate(policy, request())
+
+
+@given(st.dictionaries(st.sampled_from([*OPEN, "Sid", "NotPrincipal", "NotAction", "Condition"]), _JSON))
+def test_arbitrary_statements_raise_only_policy_errors(members: Json) -> None:
+    try:
+        policy = parse(OPEN | members)
+    except PolicyError:
+        return
+    check(policy)
+    assert evaluate(policy, request()).decision in Decision
+
+
+# ---- checking
+
+ADMINISTRATION: Final = statement(Principal={"AWS": ADMIN}, Action=["kms:PutKeyPolicy", "kms:DescribeKey"])
+ATTESTED: Final = statement({"StringEqualsIgnoreCase": {PCR0: GOOD}})
+GUARD: Final = statement(
+    {"StringNotEqualsIgnoreCase": {PCR0: GOOD}},
+    effect="Deny",
+    Principal="*",
+    Action=["kms:Decrypt", "kms:DeriveSharedSecret", "kms:ReEncryptFrom"],
+)
+
+
+def codes(*statements: Json) -> list[str]:
+    return [finding.code for finding in check(parse(ADMINISTRATION, *statements))]
+
+
+def attested(**condition: Any) -> Json:
+    return statement({"StringEqualsIgnoreCase": {PCR0: GOOD}} | condition)
+
+
+FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
+    "nothing is wrong": ([ATTESTED], []),
+    "nothing is wrong with a guard": ([ATTESTED, GUARD], []),
+    "ImageSha384 is as good": ([statement({"StringEquals": {f"{ATTESTATION}ImageSha384": GOOD}})], []),
+    "an encryptor may encrypt": ([statement(Principal={"AWS": USER}, Action="kms:Encrypt")], []),
+    "a misspelt PCR": ([attested(StringEquals={f"{ATTESTATION}PCRO": GOOD})], ["key"]),
+    "a PCR out of range": ([attested(StringEquals={f"{ATTESTATION}PCR32": GOOD})], ["key"]),
+    "a padded PCR": ([statement({"StringEquals": {f"{ATTESTATION}PCR00": GOOD}})], ["key", "unattested"]),
+    "a missing prefix": ([statement({"StringEquals": {"kms:PCR0": GOOD}})], ["key", "unattested"]),
+    "a wrong prefix": ([attested(StringEquals={"aws:RecipientAttestation:PCR0": GOOD})], ["key"]),
+    "an unnamed context": ([attested(StringEquals={"kms:EncryptionContext:": "x"})], ["key"]),
+    "a misspelt key": ([attested(StringEquals={"kms:ViaServices": "x"})], ["key"]),
+    "a known key": ([attested(StringEquals={"KMS:keyspec": "SYMMETRIC_DEFAULT", "aws:SourceVpc": "vpc-1"})], []),
+    "a zero PCR": ([statement({"StringEquals": {PCR0: [GOOD, ZERO]}})], ["zero_pcr"]),
+    "zeros spared by a guard": (
+        [ATTESTED, GUARD | {"Condition": {"StringNotEquals": {PCR0: [GOOD, ZERO]}}}],
+        ["zero_pcr"],
+    ),
+    "a pattern that zeros fit": ([statement({"StringLike": {PCR0: "*"}})], ["zero_pcr"]),
+    "zeros denied": ([ATTESTED, statement({"StringEquals": {PCR0: ZERO}}, effect="Deny", Principal="*")], []),
+    "a pattern": ([statement({"StringLike": {PCR0: "ab*"}})], ["pcr_pattern"]),
+    "a short value": ([statement({"StringEquals": {PCR0: GOOD[:-1]}})], ["pcr_length"]),
+    "SHA-256 is too short": ([statement({"StringEquals": {PCR0: "ab" * 32}})], ["pcr_length"]),
+    "0x": ([statement({"StringEqualsIgnoreCase": {PCR0: "0X" + GOOD[2:]}})], ["pcr_prefix"]),
+    "no hexadecimal": ([statement({"StringEquals": {PCR0: "g" + GOOD[1:]}})], ["pcr_hex"]),
+    "upper case": ([statement({"StringEquals": {PCR0: GOOD.upper()}})], ["pcr_case"]),
+    "upper case where it does not matter": ([statement({"StringEqualsIgnoreCase": {PCR0: GOOD.upper()}})], []),
+    "an allow beside it": ([ATTESTED, statement(Principal={"AWS": USER})], ["unattested"]),
+    "an allow of ReEncrypt*": ([ATTESTED, statement(Action="kms:ReEncrypt*")], ["unattested"]),
+    "an allow beside it, guarded": ([ATTESTED, GUARD, statement(Principal={"AWS": USER})], []),
+    "an allow beside it, guarded by Null": (
+        [ATTESTED, GUARD | {"Condition": {"Null": {PCR0: "true"}}}, statement(Principal={"AWS": USER})],
+        [],
+    ),
+    "a guard under another condition does not guard": (
+        [GUARD | {"Condition": GUARD["Condition"] | {"StringEquals": {"kms:EncryptionContext:a": "b"}}}, OPEN],
+        ["unattested"],
+    ),
+    "a guard of one principal does not guard": ([GUARD | {"Principal": {"AWS": USER}}, OPEN], ["unattested"]),
+    "ways around": (
+        [statement(Action=["kms:CreateGrant", "kms:ReplicateKey", "kms:ImportKeyMaterial"])],
+        ["detour"],
+    ),
+    "root with everything": ([ATTESTED, statement(Principal={"AWS": ROOT}, Action="kms:*")], ["root_everything"]),
+    "the account with everything": ([statement(Principal={"AWS": ACCOUNT}, Action="*")], ["root_everything"]),
+    "root that may decrypt": ([statement(Principal={"AWS": ROOT})], ["unattested"]),
+    "IfExists": ([statement({"StringEqualsIfExists": {PCR0: GOOD}})], ["vacuous"]),
+    "ForAllValues": ([statement({"ForAllValues:StringEquals": {PCR0: GOOD}})], ["vacuous"]),
+    "a negated operator": ([statement({"StringNotEquals": {PCR0: BAD}})], ["vacuous"]),
+    "Null true": ([statement({"Null": {PCR0: "true"}})], ["vacuous"]),
+    "a negated operator beside a good one": ([attested(StringNotEquals={PCR1: BAD})], []),
+    "several keys in one negated deny": (
+        [ATTESTED, GUARD | {"Condition": {"StringNotEquals": {PCR0: GOOD, PCR1: GOOD}}}],
+        ["deny_and"],
+    ),
+    "several operators in one negated deny": (
+        [ATTESTED, GUARD | {"Condition": {"StringNotEquals": {PCR0: GOOD}, "StringNotLike": {PCR1: GOOD}}}],
+        ["deny_and"],
+    ),
+    "a deny that needs a document": (
+        [ATTESTED, GUARD | {"Condition": {"ForAnyValue:StringNotEquals": {PCR0: GOOD}}}],
+        ["deny_hollow"],
+    ),
+    "a deny of everything": ([ATTESTED, GUARD | {"Action": "kms:*"}], ["deny_everything", "deny_everything"]),
+    "attestation by a service": (
+        [attested(StringEquals={"kms:ViaService": "s3.eu-west-1.amazonaws.com"})],
+        ["via_service"],
+    ),
+    "NotAction": ([statement(Action=None, NotAction="kms:Decrypt")], ["not_action", "unattested", "detour"]),
+    "NotResource": ([statement({"StringEquals": {PCR0: GOOD}}, Resource=None, NotResource=KEY)], ["not_resource"]),
+    "NotPrincipal": (
+        [ATTESTED, statement(effect="Deny", Principal=None, NotPrincipal={"AWS": ROLE})],
+        ["not_principal"],
+    ),
+    "everyone": ([statement({"StringEquals": {PCR0: GOOD}}, Principal="*")], ["wildcard_principal"]),
+    "everyone in AWS": ([statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": "*"})], ["wildcard_principal"]),
+    "a part of a name": ([statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": ROLE + "*"})], ["principal"]),
+    "a deleted role": (
+        [statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": "AROAEXAMPLEEXAMPLE123"})],
+        ["principal"],
+    ),
+    "encryption under attestation": ([ATTESTED | {"Action": ["kms:Decrypt", "kms:Encrypt"]}], ["never_attested"]),
+    "everything under attestation": ([ATTESTED | {"Action": "kms:*"}], ["never_attested"]),
+    "description under attestation": ([ATTESTED | {"Action": ["kms:Decrypt", "kms:DescribeKey"]}], ["never_attested"]),
+    "all that takes a document": ([ATTESTED | {"Action": [*RECIPIENT_ACTIONS, "kms:GenerateDataKey*"]}], []),
+    "no such operator": ([attested(StringEqual={"kms:KeySpec": "x"})], ["operator"]),
+    "no operator of strings": ([attested(ArnEquals={PCR0: GOOD})], ["operator"]),
+    "any image of a role": ([statement({"StringEquals": {f"{ATTESTATION}PCR3": GOOD}})], ["any_image"]),
+    "any image at all": ([statement({"Null": {PCR0: "false"}})], ["any_image"]),
+    "any application": ([statement({"StringEquals": {PCR1: GOOD}})], ["any_image"]),
+    "any kernel": ([statement({"StringEquals": {PCR2: GOOD}})], ["any_image"]),
+    "kernel and application": ([statement({"StringEquals": {PCR1: GOOD, PCR2: GOOD}})], []),
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_check_finds(name: str) -> None:
+    statements, expected = FINDINGS[name]
+    assert codes(*statements) == expected
+
+
+def test_a_policy_without_administrator_is_found() -> None:
+    (finding,) = check(parse(ATTESTED))
+    assert (finding.statement, finding.code) == ("policy", "no_administrator")
+
+
+def test_findings_say_where_what_and_how_to_mend_it() -> None:
+    (finding,) = check(
+        parse(ADMINISTRATION, statement({"StringEquals": {f"{ATTESTATION}PCRO": GOOD, PCR0: GOOD}}, Sid="E"))
+    )
+    assert finding.statement == "statement 2 (E)"
+    assert "PCRO" in finding.problem
+    assert finding.fix.startswith("did you mean kms:")
+
+
+@pytest.mark.parametrize(
+    ("key", "guess"),
+    [
+        ("kms:RecipientAttestation:PCR00", PCR0),
+        ("kms:RecipientAttestation:PCR_8", f"{ATTESTATION}PCR8"),
+        ("kms:Recipient:PCR3", f"{ATTESTATION}PCR3"),
+        ("kms:RecipientAttestation:ImageSha256", f"{ATTESTATION}ImageSha384"),
+        ("kms:ViaServices", "kms:ViaService"),
+    ],
+)
+def test_misspelt_keys_are_recognised(key: str, guess: str) -> None:
+    (finding,) = check(parse(ADMINISTRATION, attested(StringEquals={key: "x"})))
+    assert finding.fix == f"did you mean {guess}?"
+
+
+# ---- measuring
+
+
+def test_pcr3_is_the_documented_example() -> None:
+    value = pcr_of_role("arn:aws:iam::123456789012:role/Webserver").hex()
+    assert value.startswith("78fce75d")
+    assert value.endswith("21e6")
+
+
+def test_pcr3_covers_path_and_partition() -> None:
+    arns = [ROLE, ROLE.replace("role/", "role/team/"), ROLE.replace("arn:aws:", "arn:aws-cn:")]
+    assert len({pcr_of_role(arn) for arn in arns}) == 3
+
+
+def test_pcr8_is_of_the_certificate() -> None:
+    assert pcr_of_certificate(b"der") == hashlib.sha384(bytes(48) + hashlib.sha384(b"der").digest()).digest()
+
+
+@pytest.mark.parametrize("arn", ["", "Enclave", SESSION, USER, ROOT, f"{ROLE}*", "arn:aws:iam::1:role/x"])
+def test_what_is_no_role_has_no_pcr3(arn: str) -> None:
+    with pytest.raises(PolicyError, match="role"):
+        pcr_of_role(arn)
+
+
+@pytest.mark.parametrize(
+    "instance", ["", "i-", "i-0123", "I-0123456789abcdef0", "i-0123456789abcdef0-enc0", "i-0123456g"]
+)
+def test_what_is_no_instance_has_no_pcr4(instance: str) -> None:
+    with pytest.raises(PolicyError, match="instance"):
+        pcr_of_instance(instance)
+
+
+BUILT: Final = {"Measurements": {"HashAlgorithm": "Sha384 { ... }", "PCR0": GOOD, "PCR1": BAD, "PCR2": GOOD.upper()}}
+RUNNING: Final = {"EnclaveID": "i-1-enc1", "State": "RUNNING", "Flags": "NONE", **BUILT}
+
+
+def test_measurements_of_build_and_describe_enclaves() -> None:
+    pcrs = {0: bytes.fromhex(GOOD), 1: bytes.fromhex(BAD), 2: bytes.fromhex(GOOD)}
+    assert measurements(json.dumps(BUILT)) == pcrs
+    assert measurements(json.dumps([RUNNING]).encode()) == pcrs
+    assert measurements(json.dumps(BUILT["Measurements"])) == pcrs
+
+
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        ([RUNNING | {"Flags": "DEBUG_MODE"}], "debug mode"),
+        (RUNNING | {"Flags": ["DEBUG_MODE"]}, "debug mode"),
+        ([], "0 enclaves"),
+        ([RUNNING, RUNNING], "2 enclaves"),
+        ([1], "object"),
+        ("x", "object"),
+        ({"Measurements": []}, "object"),
+        ({"Measurements": {}}, "no PCR"),
+        ({}, "no PCR"),
+        ({"Measurements": {"PCR0": GOOD, "HashAlgorithm": "Sha256"}}, "expected Sha384"),
+        ({"PCR0": GOOD[:-1]}, "expected 96"),
+        ({"PCR0": 0}, "expected 96"),
+        ({"PCR0": ZERO}, "all zeros"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_measurements_that_say_nothing_are_refused(document: object, complaint: str) -> None:
+    with pytest.raises(PolicyError, match=complaint):
+        measurements(json.dumps(document))
+
+
+def test_measurements_that_are_no_json_are_refused() -> None:
+    with pytest.raises(PolicyError, match="JSON"):
+        measurements("Start building the Enclave Image...")
+
+
+# ---- writing
+
+IMAGE: Final = {0: bytes.fromhex(GOOD)}
+NEXT: Final = {0: bytes.fromhex(BAD)}
+INSTANCES: Final = [f"i-0123456789abcdef{number}" for number in range(3)]
+
+
+def rendered(**members: Any) -> Policy:
+    default: Json = {"principals": [ROLE], "admins": [ADMIN], "images": [IMAGE]}
+    return Policy.parse(json.dumps(render(**(default | members)).policy))
+
+
+VARIANTS: Final[dict[str, Json]] = {
+    "plain": {},
+    "roll-over": {"images": [IMAGE, NEXT]},
+    "signed": {"images": [{8: b"\x08" * 48}]},
+    "kernel and application": {"images": [{1: b"\x01" * 48, 2: b"\x02" * 48}]},
+    "role": {"images": [IMAGE | {3: pcr_of_role(ROLE), 16: b"\x10" * 48}]},
+    "several people": {"principals": [ROLE, USER], "admins": [ADMIN, ROOT], "encryptors": [f"{USER}2"]},
+    "all actions": {"actions": RECIPIENT_ACTIONS},
+    "instances": {"binds": [Bind.parse(f"node={number}:{INSTANCES[number]}") for number in range(3)]},
+    "roles": {"binds": [Bind.parse(f"node=1:{ROLE}"), Bind.parse(f"node=1:{ADMIN}"), Bind.parse(f"env=a:b:{ROLE}")]},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_wrong_with_what_is_rendered(name: str) -> None:
+    assert check(rendered(**VARIANTS[name])) == ()
+
+
+def test_the_matching_enclave_alone_may_decrypt() -> None:
+    policy = rendered(images=[IMAGE, NEXT], encryptors=[USER])
+    assert evaluate(policy, request()).decision is ALLOWED
+    assert evaluate(policy, request(pcrs=NEXT)).decision is ALLOWED
+    for members in (
+        {"pcrs": {0: bytes(48)}},
+        {"pcrs": {0: b"\x01" * 48}},
+        {"pcrs": {1: bytes.fromhex(GOOD)}},
+        {"pcrs": None},
+        {"principal": ADMIN},
+        {"principal": USER},
+        {"principal": ROOT},
+        {"principal": OTHER},
+        {"action": "kms:ReEncryptFrom"},
+        {"action": "kms:Encrypt"},
+        {"action": "kms:CreateGrant"},
+    ):
+        assert evaluate(policy, request(**members)).decision is DENIED
+
+
+@pytest.mark.parametrize("index", [0, 8])
+def test_the_guard_holds_against_an_allow_added_later(index: int) -> None:
+    policy = rendered(images=[{0: bytes.fromhex(GOOD), 8: b"\x08" * 48}])
+    wide = replace(policy, statements=(*policy.statements, *parse(statement(Principal="*", Action="kms:*")).statements))
+    good = {0: bytes.fromhex(GOOD), 8: b"\x08" * 48}
+    assert evaluate(wide, request(pcrs=good)).decision is ALLOWED
+    for pcrs in (None, good | {index: bytes(48)}, good | {index: b"\x09" * 48}):
+        assert evaluate(wide, request(pcrs=pcrs)).decision is DENIED
+    assert evaluate(wide, request(pcrs=None, action="kms:ReEncryptFrom")).decision is DENIED
+
+
+def test_images_do_not_mix() -> None:
+    images = [{1: b"\x01" * 48, 2: b"\x02" * 48}, {1: b"\x03" * 48, 2: b"\x04" * 48}]
+    policy = rendered(images=images)
+    for pcrs in images:
+        assert evaluate(policy, request(pcrs=pcrs)).decision is ALLOWED
+    assert evaluate(policy, request(pcrs={1: b"\x01" * 48, 2: b"\x04" * 48})).decision is DENIED
+
+
+def test_administrators_and_encryptors_cannot_decrypt_or_go_around() -> None:
+    policy = rendered(encryptors=[USER])
+    for action in (
+        "Decrypt",
+        "CreateGrant",
+        "ReEncryptFrom",
+        "ReEncryptTo",
+        "ReplicateKey",
+        "ImportKeyMaterial",
+        "Encrypt",
+    ):
+        assert evaluate(policy, request(principal=ADMIN, action=f"kms:{action}")).decision is DENIED
+    assert evaluate(policy, request(principal=ADMIN, action="kms:PutKeyPolicy", pcrs=None)).decision is ALLOWED
+    assert evaluate(policy, request(principal=USER, action="kms:Encrypt", pcrs=None)).decision is ALLOWED
+    assert evaluate(policy, request(principal=USER, action="kms:PutKeyPolicy", pcrs=None)).decision is DENIED
+
+
+def test_a_bound_context_value_belongs_to_its_instance() -> None:
+    policy = rendered(**VARIANTS["instances"])
+    for node in range(3):
+        for instance in range(3):
+            asked = request(pcrs=IMAGE | {4: pcr_of_instance(INSTANCES[instance])}, context={"node": str(node)})
+            assert evaluate(policy, asked).decision is (ALLOWED if node == instance else DENIED)
+    for context in ({}, {"node": "9"}, {"other": "1"}):
+        asked = request(pcrs=IMAGE | {4: pcr_of_instance(INSTANCES[0])}, context=context)
+        assert evaluate(policy, asked).decision is DENIED
+
+
+def test_several_roles_may_share_a_context_value() -> None:
+    policy = rendered(**VARIANTS["roles"])
+    context = {"node": "1", "env": "a:b"}
+    assert evaluate(policy, request(pcrs=IMAGE | {3: pcr_of_role(ROLE)}, context=context)).decision is ALLOWED
+    # the other role holds node 1, but not env a:b
+    assert evaluate(policy, request(pcrs=IMAGE | {3: pcr_of_role(ADMIN)}, context=context)).decision is DENIED
+
+
+def test_values_are_written_in_lower_case_under_pcr_keys() -> None:
+    text = json.dumps(render(principals=[ROLE], admins=[ADMIN], images=[IMAGE]).policy)
+    assert PCR0 in text
+    assert GOOD in text
+    assert "ImageSha384" not in text
+
+
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        ({"principals": []}, "no principal"),
+        ({"admins": []}, "no administrator"),
+        ({"images": []}, "no image"),
+        ({"images": [{}]}, "no PCR alone"),
+        ({"images": [{3: b"\x03" * 48}]}, "PCR3 alone admits any image"),
+        ({"images": [{4: b"\x04" * 48, 16: b"\x04" * 48}]}, "PCR4, PCR16 alone admits any image"),
+        ({"images": [{1: b"\x01" * 48}]}, "any application"),
+        ({"images": [{2: b"\x02" * 48}]}, "foreign kernel"),
+        ({"images": [{0: bytes(48)}]}, "all zeros"),
+        ({"images": [IMAGE | {3: bytes(48)}]}, "all zeros"),
+        ({"images": [{0: b"\x01" * 32}]}, "32 bytes"),
+        ({"images": [IMAGE | {32: b"\x01" * 48}]}, "PCR32"),
+        ({"images": [IMAGE, {8: b"\x08" * 48}]}, "the same PCRs"),
+        ({"principals": ["*"]}, "not the ARN"),
+        ({"principals": [ROOT]}, "not the ARN"),
+        ({"principals": [SESSION]}, "not the ARN"),
+        ({"principals": [f"{ROLE}*"]}, "not the ARN"),
+        ({"admins": [ACCOUNT]}, "not the ARN"),
+        ({"encryptors": [ROOT]}, "not the ARN"),
+        ({"encryptors": [ROLE]}, "cannot be encryptor"),
+        ({"admins": [ADMIN, ROLE]}, "cannot be administrator"),
+        ({"actions": []}, "expected some of"),
+        ({"actions": ["kms:Encrypt"]}, "expected some of"),
+        ({"actions": RECIPIENT_ACTIONS, **VARIANTS["roles"]}, "no encryption context"),
+        ({"binds": [Bind.parse(f"n=1:{ROLE}"), Bind.parse(f"n=1:{INSTANCES[0]}")]}, "expected one of them"),
+        ({"binds": [Bind.parse(f"n=1:{ROLE}"), Bind.parse(f"N=1:{ROLE}")]}, "case only"),
+        ({"binds": [Bind.parse(f"n=${{aws:username}}:{ROLE}")]}, "policy variable"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_policies_that_would_be_open_or_useless_are_not_rendered(members: Json, complaint: str) -> None:
+    with pytest.raises(PolicyError, match=complaint):
+        rendered(**members)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "node", "node=3", f"=3:{ROLE}", "node=3:role/x", f"node=3:{USER}", "node=3:i-zz", "node=3:i-01"]
+)
+def test_what_binds_nothing_is_refused(text: str) -> None:
+    with pytest.raises(PolicyError):
+        Bind.parse(text)
+
+
+def test_warnings_say_what_remains_possible() -> None:
+    def warned(*pcrs: int) -> str:
+        image = dict.fromkeys(pcrs, b"\x01" * 48)
+        return "\n".join(render(principals=[ROLE], admins=[ADMIN], images=[image]).warnings)
+
+    assert "kms:PutKeyPolicy" in warned(0)
+    assert "every build" in warned(0)
+    assert "older ones" not in warned(0)
+    assert "older ones" in warned(8)
+    assert "every build" not in warned(8)
