@@ -7,11 +7,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test lint bench libnsm lock clean
+.PHONY: help demo test coverage lint bench libnsm lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
 	@echo 'make test    run all tests'
+	@echo 'make coverage  the same, with branch coverage'
 	@echo 'make lint    ruff, mypy --strict and, where it is installed, shellcheck'
 	@echo 'make bench   compare with a plain boto3 script'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
@@ -23,6 +24,12 @@ demo: $(READY) transport
 
 test: $(READY) transport
 	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+coverage: $(READY) transport
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 $(PYTEST_FLAGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing --skip-covered
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -39,8 +46,9 @@ bench: $(READY) transport
 # With cargo on the path the patched library is built and used; without it, /dev/nsm is used directly.
 .PHONY: transport
 transport: $(READY)
-	@if command -v cargo >/dev/null; then patches/build-libnsm; \
-	else echo 'cargo is not installed: no libnsm.so, /dev/nsm is used directly'; fi
+	@if ! command -v cargo >/dev/null; then echo 'transport: /dev/nsm directly, since cargo is not installed'; \
+	elif patches/build-libnsm; then echo 'transport: the patched library, nsm/libnsm.so'; \
+	else echo 'transport: /dev/nsm directly, since libnsm.so cannot be built (see above)'; fi
 
 libnsm:
 	patches/build-libnsm

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from typing import Final
 
@@ -68,10 +70,10 @@ def test_dependencies_are_justified_and_locked_with_hashes() -> None:
 
 
 def test_importing_attestor_loads_no_sdk_and_opens_nothing() -> None:
-    import subprocess
-    import sys
-
-    program = "import sys, attestor; print([m for m in ('botocore', 'boto3', 'cryptography', 'cbor2', 'ctypes') if m in sys.modules])"
+    program = (
+        "import sys, attestor\n"
+        "print([m for m in ('botocore', 'boto3', 'cryptography', 'cbor2', 'ctypes') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True)
     assert done.stdout == "[]\n"
 
