@@ -531,7 +531,7 @@ def test_other_measurements_are_refused(
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        ("bad-signature", "not signed by its leaf certificate"),
+        ("bad-signature", "not signed by the key in its leaf certificate"),
         ("expired-leaf", "leaf certificate is valid from"),
         ("foreign-root", "root certificate has SHA-256"),
         ("no-public-key", "holds no public key"),
