@@ -598,7 +598,7 @@ def test_only_verify_makes_a_verified_document(pki: NsmPki) -> None:
     verified = verify(signed(pki), roots=[pki.root_sha256], at=NOW)
     with pytest.raises(TypeError, match="verify only"):
         VerifiedDocument(verified.document, bytes(32), NOW, (), (), seal=object())
-    with pytest.raises(ValueError, match="seal"):
+    with pytest.raises((TypeError, ValueError), match="seal"):  # Python 3.13 raises the former
         replace(verified, at=NOW)  # type: ignore[call-arg]  # what is tested
     assert not isinstance(verified.document, VerifiedDocument)
 
