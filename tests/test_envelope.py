@@ -104,6 +104,12 @@ def test_a_wrong_key_and_a_wrong_padding_look_the_same() -> None:
     assert messages == {"bad envelope: it does not open with this enclave's key"}
 
 
+@pytest.mark.parametrize("length", [0, PLAINTEXT_MAX + 1])
+def test_a_plaintext_that_kms_never_sends_is_refused(length: int) -> None:
+    with pytest.raises(EnvelopeError, match=f"it holds {length} bytes"):
+        open_envelope(seal(bytes(length), SPKI), KEY)
+
+
 def test_an_envelope_over_the_limit_is_refused_unread() -> None:
     with pytest.raises(EnvelopeError, match=f"at most {CIPHERTEXT_MAX}"):
         open_envelope(bytes(CIPHERTEXT_MAX + 1), KEY)
