@@ -6,6 +6,7 @@ number of the signal that ended it; 2 for options that cannot be, 1 when the sim
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+_PATHS: Final = ("LD_PRELOAD", "NITROSIM_NSM_SOCKET")
 _FORMS: Final = "kms, kms-chunks, kms-primitive, localstack"
 
 
@@ -32,8 +34,17 @@ class _Cli(click.Group):
             click.echo(error.format_message(), err=True)
             sys.exit(2)
         except click.ClickException as error:
-            click.echo(f"nitrosim: error: {error.format_message().rstrip('.')}", err=True)
-            sys.exit(error.exit_code)
+            _fail(error.format_message().rstrip("."), error.exit_code)
+        except click.Abort:
+            sys.exit(128 + signal.SIGINT)
+        except OSError as error:
+            _fail(f"standard output cannot be written: {error.strerror}", 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        click.echo(f"nitrosim: error: {message}", err=True)
+    sys.exit(status)
 
 
 def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,6 +56,8 @@ def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"),
         click.option("--fault", "faults", metavar="NAME", multiple=True,
             help='what goes wrong, one of each layer; "nitrosim faults" lists them'),
+        click.option("--clock-skew", metavar="SECONDS", type=click.FloatRange(-1e6, 1e6), default=0.0,
+            help="how far the clock of KMS is ahead"),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -88,7 +101,7 @@ def serve(**options: Any) -> None:
     ending = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the threads start, which inherit it
     with _world(**options) as world:
-        for line in _exports(world.environment(os.environ)):
+        for line in [*_exports(world.environment(os.environ)), *_container(world, world.environment({}))]:
             click.echo(line)
         sys.stdout.flush()
         signal.sigwait(ending)
@@ -104,17 +117,20 @@ def faults() -> None:
         click.echo(f"{name:{width}}  {description}")
 
 
-def _world(*, pcrs: Sequence[str], key_policy: str | None, **options: Any) -> Any:
+@contextlib.contextmanager
+def _world(*, pcrs: Sequence[str], key_policy: str | None, **options: Any) -> Iterator[Any]:
     from nitrosim.device import SimulatorError
     from nitrosim.world import World
     from nsm.policy import PolicyError
 
-    try:
-        return World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options)
-    except (ValueError, PolicyError) as error:
-        raise click.UsageError(str(error)) from error
-    except SimulatorError as error:
-        raise click.ClickException(str(error)) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            world = stack.enter_context(World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options))
+        except (ValueError, PolicyError) as error:
+            raise click.UsageError(str(error)) from error
+        except (SimulatorError, OSError) as error:
+            raise click.ClickException(f"cannot start: {error}") from error
+        yield world
 
 
 def _pcr(text: str) -> tuple[int, bytes]:
@@ -134,9 +150,17 @@ def _read(path: str | None) -> str | None:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run the command as a shell would: a terminal's signals reach it directly, SIGTERM is passed on."""
+    """Run the command as a shell would: a terminal's signals reach it directly, others are passed on."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGHUP, pass_on)
     try:
-        child = subprocess.Popen(command, env=environment)
+        children.append(subprocess.Popen(command, env=environment))
     except FileNotFoundError:
         click.echo(f"nitrosim: error: {command[0]}: not found", err=True)
         return 127
@@ -144,8 +168,7 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
         click.echo(f"nitrosim: error: {command[0]}: {error.strerror}", err=True)
         return 126
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
-    status = child.wait()
+    status = children[0].wait()
     return status if status >= 0 else 128 - status
 
 
@@ -156,6 +179,17 @@ def _exports(environment: dict[str, str]) -> list[str]:
         f"export {name}={shlex.quote(value)}" for name, value in environment.items() if os.environ.get(name) != value
     ]
     return gone + new
+
+
+def _container(world: Any, environment: dict[str, str]) -> list[str]:
+    """Comments that say what a container needs to be in this world: its files, its network, its variables."""
+    folders = sorted({str(world.folder), *(str(Path(environment[name]).parent) for name in _PATHS)})
+    volumes = " ".join(f"--volume {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
+    variables = " ".join(f"--env {name}" for name in sorted(environment))
+    return [
+        "# a container of an image with glibc is in this world with:",
+        f"#   podman run --network host {volumes} {variables} IMAGE",
+    ]
 
 
 def main() -> NoReturn:

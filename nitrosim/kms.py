@@ -6,8 +6,9 @@ where no behaviour of KMS is public:
 
 - A document that is not authentic, or that holds no RSA-2048 SubjectPublicKeyInfo, is a ValidationException.
 - The document is verified before the key policy is evaluated, and a dry run evaluates its PCRs.
-- There are no identity policies here. Where a key policy leaves a request to them, it is allowed if the key is of the
-  principal's own account. Operations that use no key's secret (CreateKey, DisableKey, ...) are allowed to everyone.
+- There are no identity policies here. Where a key policy leaves a request to them alone, it is allowed if the key is of
+  the principal's own account; where it cannot be told otherwise, as with an unknown operator, it is refused.
+  Operations that use no key's secret (CreateKey, DisableKey, ...) are allowed to everyone.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class AttestedKms:
         )
         found = policy.evaluate(policy.Policy.parse(key.policy), asked)
         own = key.arn.split(":")[4] == self.principal.split(":")[4]
-        if found.decision is policy.Decision.ALLOWED or (found.decision is policy.Decision.UNDETERMINED and own):
+        if found.decision is policy.Decision.ALLOWED or (found.delegated and own):
             return
         explicit = any(part.applies and part.statement.effect == "Deny" for part in found.statements)
         reason = (

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nitrosim import kms, module, server
+from nitrosim import kms, module, objects, server
 from nitrosim.device import SimulatedDevice
 from nitrosim.pki import NsmPki
 
@@ -25,6 +25,7 @@ FAULTS: Final[Mapping[str, str]] = {**module.FAULTS, **kms.FAULTS, **server.FAUL
 """Everything that can be made to go wrong, with what it does: in the NSM, in KMS and in TLS."""
 
 # Whatever of the host could lead a command out of this world: AWS_* all of it, and these
+_LEFT_BEHIND: Final = ("NSM_LIBRARY", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 _PROXIES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _CA_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -33,8 +34,9 @@ class World:
     """A software NSM, an attested KMS and a private CA, all new; a context manager that starts and stops them.
 
     `faults` are names of FAULTS, at most one of each layer. `pcrs` and `debug` change the enclave, never what the
-    policy of alias/nitrosim asks for; `key_policy` replaces that policy. Raises ValueError for what cannot be, and
-    `nitrosim.device.SimulatorError` when this machine lacks something.
+    policy of alias/nitrosim asks for; `key_policy` replaces that policy. `clock_skew` is how many seconds the clock of
+    KMS is ahead. Raises ValueError for what cannot be, and `nitrosim.device.SimulatorError` when this machine lacks
+    something.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class World:
         principal: str | None = None,
         envelope: str = "kms",
         faults: Iterable[str] = (),
+        clock_skew: float = 0,
         port: int = 0,
     ) -> None:
         chosen = _by_layer(faults)
@@ -57,16 +60,33 @@ class World:
             key_policy=key_policy,
             envelope=envelope,
             fault=chosen.get("kms"),
+            clock=lambda: datetime.now(UTC) + timedelta(seconds=clock_skew),
         )
         role = {3: module.extended(module.ZERO_PCR, kms.role_of(self.kms.principal).encode())}
         self.module = module.SoftwareNsm(pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=chosen.get("nsm"))
-        self._server = server.HttpsServer(self.kms, region=kms.REGION, fault=chosen.get("tls"), port=port)
+        self.store = objects.ObjectStore(self.kms)
+        self._server = server.HttpsServer(self.store, region=kms.REGION, fault=chosen.get("tls"), port=port)
         self._root_der = pki.root_der
+
+    @property
+    def url(self) -> str:
+        """The endpoint of KMS; beside it, /BUCKET/KEY of S3."""
+        return self._server.url
+
+    @property
+    def port(self) -> int:
+        """The TCP port of both."""
+        return self._server.port
+
+    @property
+    def connections(self) -> int:
+        """How many TLS connections were opened so far."""
+        return self._server.connections
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The variables of a command in this world: nothing of the host's AWS set-up or proxies is left in them."""
         kept = {name: value for name, value in base.items() if not name.startswith("AWS_")}
-        kept = {name: value for name, value in kept.items() if name.upper() not in _PROXIES}
+        kept = {name: value for name, value in kept.items() if name.upper() not in (*_PROXIES, *_LEFT_BEHIND)}
         ca = str(self.folder / "ca.pem")
         return self._device.environment(
             kept
@@ -74,7 +94,8 @@ class World:
             | {
                 "AWS_REGION": kms.REGION,
                 "AWS_DEFAULT_REGION": kms.REGION,
-                "AWS_ENDPOINT_URL_KMS": self._server.url,
+                "AWS_ENDPOINT_URL_KMS": self.url,
+                "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self._server.port}",  # a number: buckets stay in the path
                 "AWS_CA_BUNDLE": ca,
                 "AWS_ACCESS_KEY_ID": self.kms.credentials.access_key,
                 "AWS_SECRET_ACCESS_KEY": self.kms.credentials.secret_key,

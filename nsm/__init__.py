@@ -59,7 +59,10 @@ class Nsm:
     ) -> bytes:
         """An attestation document, an untagged COSE_Sign1 of 4 to 12 KiB; the fields share about 4000 bytes."""
         size = sum(len(field) for field in (user_data, nonce, public_key) if field)
-        return self._open("Attestation", size=size).attest(user_data, nonce, public_key)
+        document = self._open("Attestation", size=size).attest(user_data, nonce, public_key)
+        if not document:
+            raise NsmError("Attestation", code=ErrorCode.InvalidResponse, detail="no document")
+        return document
 
     def random(self, length: int = 256) -> bytes:
         """Random bytes, asked for in as many requests as it takes (the NSM gives up to 256 at a time)."""

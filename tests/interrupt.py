@@ -1,6 +1,8 @@
 """Run attestor with a signal, or an error, in the middle of writing: interrupt.py POINT WHAT ARGUMENT...
 
-POINT is the function of `os` that is about to be called; WHAT is a signal's name or the name of an errno.
+POINT is the function of `os` that is about to be called, "fsync-folder" the second fsync; WHAT is a signal's name, the
+name of an errno, or SIGINT+SIGTERM for a second signal while the first cleans up. With NO_TMPFILE set, files get a
+temporary name.
 """
 
 from __future__ import annotations
@@ -17,14 +19,30 @@ import attestor
 def main() -> None:
     """Arm the point once the secret is at hand, then run the command line."""
     point, what, *arguments = sys.argv[1:]
+    point, _, second = point.partition("-")
+    if "NO_TMPFILE" in os.environ:
+        isdir = os.path.isdir  # as where /proc is not mounted
+        os.path.isdir = lambda path: path != "/proc/self/fd" and isdir(path)  # type: ignore[assignment]  # on purpose
     original = getattr(os, point)
+    calls = iter([False, True] if second else [True])
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if not next(calls):
+            return original(*args, **kwargs)
         setattr(os, point, original)
         if what.startswith("E"):
             number = getattr(errno, what)
             raise OSError(number, os.strerror(number))
-        os.kill(os.getpid(), signal.Signals[what])
+        first, _, later = what.partition("+")
+        if later:
+            unlink = os.unlink
+
+            def unlink_interrupted(*args: Any, **kwargs: Any) -> None:
+                os.kill(os.getpid(), signal.Signals[later])
+                unlink(*args, **kwargs)
+
+            os.unlink = unlink_interrupted
+        os.kill(os.getpid(), signal.Signals[first])
         return original(*args, **kwargs)
 
     write = attestor.SecretFile.write

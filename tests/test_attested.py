@@ -125,6 +125,16 @@ def test_a_recipient_of_the_callers_own_is_refused(enclave: Enclave) -> None:
     [
         ('attestor.attested(boto3.client("kms", endpoint_url="http://localhost:1"))', "is not https"),
         ('attestor.attested(boto3.client("kms", verify=False))', "verify=False"),
+        ('attestor.attested(boto3.client("kms", verify=0))', "verify=False"),
+        ('attestor.attested(boto3.client("s3"))', "client of s3"),
+        ("attestor.attested(boto3)", "neither a client nor a session"),
+        (
+            (
+                'attestor.attested(boto3.client("kms", config=botocore.config.Config('
+                'proxies_config={"proxy_use_forwarding_for_https": True})))'
+            ),
+            "lets its proxy end TLS",
+        ),
         ('attestor.attested(boto3.Session()).client("kms", endpoint_url="http://localhost:1")', "is not https"),
         ('attestor.attested(boto3.Session()).client("kms", verify=False)', "verify=False"),
     ],
@@ -189,6 +199,31 @@ show([seen.pop() if len(seen) == 1 else None, identifier(), child])
     assert first == again
     assert len(bytes.fromhex(child)) == 32
     assert child != first
+
+
+def test_a_fork_right_after_attested_is_safe(enclave: Enclave) -> None:
+    """The key is being made in a thread: the child must not inherit half an import."""
+    run = enclave.run(
+        sys.executable,
+        "-c",
+        """
+import attestor, boto3, os
+statuses = []
+for _ in range(5):
+    attestor._forget_recipient()
+    kms = attestor.attested(boto3.client("kms"))
+    if (child := os.fork()) == 0:
+        os._exit(len(kms.generate_random(NumberOfBytes=8)["Plaintext"]))
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(statuses)
+""",
+    )
+    assert run.out == b"[8, 8, 8, 8, 8]\n", run.err
+
+
+def test_a_program_may_end_while_the_key_is_made(enclave: Enclave) -> None:
+    program = "import attestor\nattestor.process_recipient().wait_for_module(9)"
+    assert [enclave.run(sys.executable, "-c", program).status for _ in range(5)] == [0] * 5
 
 
 def test_threads_share_one_client(enclave: Enclave) -> None:

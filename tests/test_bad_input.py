@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import http.server
+import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import pytest
 
@@ -30,7 +33,7 @@ def refused(enclave: Enclave, run: Run, status: int, *parts: str) -> str:
     assert "out" not in enclave.files()
     assert not [name for name in enclave.files() if name.startswith(".")]
     assert all(
-        line.startswith(("attestor: error: ", "attestor: hint: ", "attestor: warning: "))
+        line.startswith(("attestor: error: ", "attestor: note: ", "attestor: hint: ", "attestor: warning: "))
         for line in run.err.splitlines()
     )
     for part in parts:
@@ -80,6 +83,9 @@ def test_a_ciphertext_that_cannot_be_read(enclave: Enclave) -> None:
     ("options", "part"),
     [
         (["--region", "Mars"], "region Mars"),
+        (["--region", ""], "--region is empty"),
+        (["--nsm-library", ""], "--nsm-library is empty"),
+        (["--endpoint-url", "https://localhost:99999"], "client of KMS cannot be made"),
         (["--region", "eu-west-1.evil.example"], "is not a region's name"),
         (["--region", "eu-west-1\n\x1b[2J"], "is not a region's name"),
         (["--context", "node"], "NAME=VALUE"),
@@ -136,6 +142,29 @@ def test_an_insecure_endpoint_from_the_configuration(enclave: Enclave, tmp_path:
     refused(enclave, run, 2, "endpoint http://localhost:1 is not https")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_MAX_ATTEMPTS", "many"),
+        ("AWS_MAX_ATTEMPTS", "-1"),
+        ("AWS_RETRY_MODE", "never"),
+        ("AWS_DEFAULTS_MODE", "odd"),
+        ("AWS_ENDPOINT_URL_KMS", "https://[::1"),
+        ("AWS_ENDPOINT_URL_KMS", "https://localhost:99999"),
+    ],
+)
+def test_a_configuration_that_cannot_be(enclave: Enclave, variable: str, value: str) -> None:
+    enclave.place(BLOB)
+    refused(enclave, enclave.decrypt(environment={variable: value}), 2)
+
+
+@pytest.mark.parametrize("bundle", [b"", b"no certificate"])
+def test_a_ca_bundle_without_certificates(enclave: Enclave, bundle: bytes) -> None:
+    enclave.place(BLOB)
+    environment = {"AWS_CA_BUNDLE": enclave.place(bundle, "ca.pem")}
+    refused(enclave, enclave.decrypt(environment=environment), 2, "CA bundle cannot be read", "AWS_CA_BUNDLE")
+
+
 def test_a_ca_bundle_that_is_not_there(enclave: Enclave) -> None:
     enclave.place(BLOB)
     refused(
@@ -181,6 +210,66 @@ def test_no_credentials(enclave: Enclave) -> None:
     refused(enclave, enclave.decrypt(environment=nothing), 4, "no valid AWS credentials")
     refused(enclave, enclave.decrypt(environment={"AWS_SECRET_ACCESS_KEY": None}), 4, "no valid AWS credentials")
     refused(enclave, enclave.decrypt(environment={"AWS_PROFILE": "absent", **nothing}), 4, "absent")
+
+
+@pytest.mark.parametrize("token", ["a-secret-token\n", "a-secret-token\r\nHost: x", "a-secret-t\u00f6ken", "\udcff"])
+def test_credentials_with_odd_characters_are_refused_and_not_repeated(enclave: Enclave, token: str) -> None:
+    enclave.place(BLOB)
+    run = enclave.decrypt(environment={"AWS_SESSION_TOKEN": token})
+    refused(enclave, run, 4, "no valid AWS credentials")
+    assert "a-secret" not in run.err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[" * 200000,
+        "[]",
+        "null",
+        '{"AccessKeyId": 1, "SecretAccessKey": "a-secret", "Token": "a-secret"}',
+        '{"AccessKeyId": "A", "SecretAccessKey": 1, "Token": "a-secret"}',
+        '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": "99999999999-01-01"}',
+        '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": "soon"}',
+        '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret\\nX: y"}',
+    ],
+    ids=["deep", "list", "null", "number-id", "number-key", "far", "soon", "newline"],
+)
+def test_credentials_that_the_parent_made_up(enclave: Enclave, answer: str) -> None:
+    """From a container credentials endpoint: whatever it says, one refusal that repeats nothing."""
+    enclave.place(BLOB)
+    with Parent(answer.encode()) as parent:
+        nothing: dict[str, str | None] = {
+            name: None for name in enclave.environment if name.startswith("AWS_") and ("KEY" in name or "TOKEN" in name)
+        }
+        run = enclave.decrypt(environment={**nothing, "AWS_CONTAINER_CREDENTIALS_FULL_URI": parent.url})
+    refused(enclave, run, 4, "no valid AWS credentials")
+    assert "a-secret" not in run.err
+
+
+class Parent:
+    """The parent's metadata service, which says what it likes."""
+
+    def __init__(self, answer: bytes) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/credentials"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def test_wrong_credentials_are_not_repeated(enclave: Enclave) -> None:
@@ -379,6 +468,34 @@ def test_a_bug_shows_where_it_is_and_nothing_else(enclave: Enclave) -> None:
     assert run.status == 1
     assert run.error == "unexpected RuntimeError at <string>:2"
     assert "secret" not in run.err
+
+
+@pytest.mark.parametrize("sink", [">/dev/full", "> >(true)"])
+def test_a_standard_error_that_takes_nothing_changes_nothing(enclave: Enclave, sink: str) -> None:
+    enclave.place(enclave.encrypt())
+    attestor = f"{sys.executable} -m attestor"
+    assert enclave.run("bash", "-c", f"{attestor} decrypt --any-key absent out 2{sink}").status == 2
+    assert enclave.run("bash", "-c", f"{attestor} decrypt -v blob out 2{sink}").status == 0
+    assert (enclave.folder / "out").read_bytes() == b"the secret"
+
+
+def test_a_help_text_that_cannot_be_written(enclave: Enclave) -> None:
+    run = enclave.run("sh", "-c", f"{sys.executable} -m attestor decrypt --help >/dev/full")
+    assert run.status == 7
+    assert "No space left on device" in run.error
+
+
+def test_a_blocking_standard_input_is_an_error(enclave: Enclave) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [sys.executable, "-m", "attestor", "decrypt", "--any-key", "-", "out"]
+    done = subprocess.run(
+        command, cwd=enclave.folder, env=enclave.environment, stdin=reader, capture_output=True, check=False
+    )
+    os.close(reader)
+    os.close(writer)
+    assert done.returncode == 2
+    assert b"it would block" in done.stderr
 
 
 def test_errors_survive_a_closed_standard_error(enclave: Enclave) -> None:

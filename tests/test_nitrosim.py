@@ -156,6 +156,20 @@ def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
         assert server.wait(timeout=10) == 0
 
 
+def test_the_commands_in_the_readme(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(echo 'the secret'.*?)```", text, re.DOTALL)
+    preparation, commands = block.split("nitrosim run", 1)
+    statuses = []
+    for command in ("nitrosim run" + commands).splitlines():
+        script = preparation + command
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "AWS_MAX_ATTEMPTS": "2"}
+        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=False)
+        statuses.append(done.returncode)
+    assert statuses == [0, 4, 5, 4]
+    assert (tmp_path / "out").read_text() == "the secret\n"
+
+
 def test_faults_are_listed(tmp_path: Path) -> None:
     done = nitrosim(tmp_path, "faults")
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(FAULTS)

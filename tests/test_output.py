@@ -155,12 +155,16 @@ def test_without_proc_a_temporary_name_serves(ready: Enclave, namespaces: None, 
 
 @pytest.mark.parametrize("options", [(), ("--force",)])
 @pytest.mark.parametrize("point", ["fchmod", "write", "fsync"])
-@pytest.mark.parametrize(("what", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("ENOSPC", 7), ("EIO", 7)])
+@pytest.mark.parametrize("named", [{}, {"NO_TMPFILE": "1"}], ids=["unnamed", "named"])
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT+SIGTERM", 130), ("ENOSPC", 7)],
+)
 def test_an_interrupted_write_leaves_nothing(
-    ready: Enclave, options: tuple[str, ...], point: str, what: str, status: int
+    ready: Enclave, options: tuple[str, ...], point: str, named: dict[str, str | None], what: str, status: int
 ) -> None:
     command = ("decrypt", "--any-key", *options, "blob", "out")
-    run = ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command)
+    run = ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command, environment=named)
     assert run.status == status, run.err
     assert ready.files() == {"blob"}
     assert "Traceback" not in run.err
@@ -181,7 +185,7 @@ def test_a_signal_behind_the_point_of_no_return_comes_too_late(ready: Enclave, w
     assert (ready.folder / "out").read_bytes() == PLAINTEXT
 
 
-@pytest.mark.parametrize("point", ["link", "rename"])
+@pytest.mark.parametrize("point", ["link", "rename", "fsync-folder"])
 def test_a_failing_replacement_leaves_the_old_one(ready: Enclave, point: str) -> None:
     ready.place(b"the old one", "out")
     command = ("decrypt", "--any-key", "--force", "blob", "out")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import botocore.session
 import cbor2
 import pytest
-from asn1crypto import cms  # type: ignore[import-untyped]  # it has no types
+from asn1crypto import cms
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config

@@ -1,0 +1,160 @@
+"""Why KMS refused an attested call: what was sent, and the likeliest causes.
+
+AWS answers every mismatch with the same exception, but its text tells which kind of policy lacked an allow or denied
+("Troubleshoot access denied error messages" of the IAM User Guide). A text that AWS words otherwise only costs a hint.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Final
+
+from nsm.document import AttestationDocument, DocumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from datetime import datetime
+
+SKEW_MAX: Final = 300  # seconds between two clocks that Signature Version 4 forgives
+HINTS_MAX: Final = 2
+_SHOWN: Final = (0, 1, 2, 3, 4, 8)  # the PCRs that CloudTrail shows
+_DIGITS: Final = 16  # of a PCR, in notes
+_EXPIRED: Final = ("ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId")
+_UNSIGNED: Final = ("InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired", "IncompleteSignature")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A refused call: KMS's `code` and `message`, and what was sent.
+
+    `document` is the attestation document (not verified: it is our own), None where the call carries none; `context`
+    holds names only; `skew` is how many seconds KMS's clock is ahead of ours, None where its answer had no date.
+    """
+
+    code: str
+    message: str
+    document: bytes | None
+    key_id: str | None
+    context: tuple[str, ...]
+    skew: float | None
+
+
+def clock_skew(date: str | None, now: datetime) -> float | None:
+    """Seconds that the Date header of an answer (RFC 9110, section 5.6.7) is ahead of us; None without a date."""
+    try:
+        return (parsedate_to_datetime(date or "") - now).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def explain(refusal: Refusal) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Notes on what was sent, and at most two hints, the likeliest cause first."""
+    pcrs = _pcrs(refusal.document)
+    first, *others = [*_causes(refusal, pcrs)] or [""]
+    hints = [hint for hint in (first, *_more(refusal), *others) if hint]
+    return tuple(_notes(refusal, pcrs)), tuple(hints[:HINTS_MAX])
+
+
+def _pcrs(document: bytes | None) -> Mapping[int, bytes]:
+    try:
+        return AttestationDocument.parse(document or b"").pcrs
+    except DocumentError:
+        return {}
+
+
+def _notes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
+    if pcrs:
+        shown = (f"PCR{index} {_short(pcrs[index])}" for index in _SHOWN if index in pcrs)
+        yield f"sent {', '.join(shown)}"
+        yield "the enclave runs in debug mode" if _debug(pcrs) else "the enclave does not run in debug mode"
+    key = refusal.key_id or "none named, KMS takes it from the ciphertext"
+    yield f"key {key}; encryption context names: {', '.join(refusal.context) or 'none'}"
+
+
+def _short(value: bytes) -> str:
+    return f"{value.hex()[:_DIGITS]}..." if any(value) else "zero"
+
+
+def _debug(pcrs: Mapping[int, bytes]) -> bool:
+    return 0 in pcrs and not any(pcrs[0])
+
+
+def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
+    """The likeliest causes, in this order."""
+    code = refusal.code
+    if code == "AccessDeniedException":
+        yield from _denials(refusal, pcrs)
+    elif code == "NotFoundException":
+        yield "there is no such key in this region and in the account of the credentials: check both"
+    elif code in _EXPIRED:
+        yield "the credentials are expired or wrong: renew them"
+    elif code in _UNSIGNED:
+        yield _clock(refusal.skew) or "the secret key is wrong, or the clock is more than five minutes off"
+    elif code == "InvalidCiphertextException":
+        yield "the ciphertext is damaged, or was made with another --context"
+    elif code == "IncorrectKeyException":
+        yield "the ciphertext was made with another key than --key-id names"
+
+
+def _clock(skew: float | None) -> str:
+    if skew is None or abs(skew) <= SKEW_MAX:
+        return ""
+    return f"this enclave's clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} KMS's: set it"
+
+
+def _denials(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
+    if _debug(pcrs):
+        yield "debug mode: PCR0, 1 and 2 are all zeros, which no key policy should allow; start it without --debug-mode"
+    message = refusal.message.lower()
+    unknown = "the key policy must allow this role with this enclave's PCRs, and no policy may deny it"
+    cause = next((cause for text, cause in _TEXTS if text in message), unknown)
+    caller, key = _accounts(refusal.message)
+    if caller and key and caller != key:
+        cause = f"the credentials are of account {caller}, the key of {key}, and both must allow; {cause}"
+    yield cause
+
+
+# What AWS's texts say, the more telling ones first
+_TEXTS: Final = (
+    (
+        "does not exist in this region",
+        "the key is in another region or account, or its policy does not allow this role with these PCRs",
+    ),
+    (
+        "explicit deny in a resource-based policy",
+        "a Deny of the key policy holds, such as a guard on PCRs: compare them with the PCRs that were sent",
+    ),
+    ("explicit deny in an identity-based policy", "a Deny in an identity policy of the role holds"),
+    ("explicit deny in a service control policy", "a service control policy of the organization denies it"),
+    ("explicit deny in a resource control policy", "a resource control policy of the organization denies it"),
+    ("explicit deny in a permissions boundary", "the permissions boundary of the role denies it"),
+    ("explicit deny in a session policy", "the policy of this session denies it"),
+    ("explicit deny in a vpc endpoint policy", "the policy of the VPC endpoint denies it"),
+    ("explicit deny", "a policy denies it explicitly"),
+    (
+        "no resource-based policy allows",
+        "no statement of the key policy allows this role with these PCRs: compare them with its conditions",
+    ),
+    ("no identity-based policy allows", "the identity policy of the role allows neither this action nor this key"),
+    ("no permissions boundary allows", "the permissions boundary of the role does not allow it"),
+    ("no service control policy allows", "no service control policy of the organization allows it"),
+    ("no session policy allows", "the policy of this session does not allow it"),
+    ("no vpc endpoint policy allows", "the policy of the VPC endpoint does not allow it"),
+)
+
+
+def _accounts(message: str) -> tuple[str | None, str | None]:
+    """The accounts of the caller and of the key, as far as AWS's text names them."""
+    caller = re.search(r"User: arn:[a-z-]+:(?:sts|iam)::(\d{12}):", message)
+    key = re.search(r"on resource: arn:[a-z-]+:kms:[a-z0-9-]+:(\d{12}):", message)
+    return caller and caller[1], key and key[1]
+
+
+def _more(refusal: Refusal) -> Iterable[str]:
+    """The command that tells more."""
+    if refusal.code == "AccessDeniedException" and refusal.document is not None:
+        yield "attestor attest DOC, then attestor policy explain POLICY --document DOC: which condition does not hold"
+    elif refusal.code in (*_EXPIRED, *_UNSIGNED, "NotFoundException", "ValidationException"):
+        yield "attestor doctor checks everything on the way to KMS"
