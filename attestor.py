@@ -17,6 +17,7 @@ Exit status:
     6    not authentic: attestation document, envelope, TLS certificate or name, key id
     7    the output cannot be written
     8    policy explain cannot tell
+    126  inject: the program cannot be executed; 127 there is no such program
     130  SIGINT; 143 SIGTERM
 """
 
@@ -718,9 +719,11 @@ def check_credentials(session: Any) -> None:
     except (sdk.MetadataRetrievalError, sdk.ConnectionError, sdk.HTTPClientError) as error:
         raise UnreachableError(f"AWS credentials cannot be fetched: {error}") from error
     except Exception as error:
-        told = isinstance(error, sdk.BotoCoreError | sdk.ClientError) or "still expired" in str(error)
+        expired = "still expired" in str(error)
+        told = expired or isinstance(error, sdk.BotoCoreError | sdk.ClientError)
         reason = str(error) if told else f"they cannot be read ({type(error).__name__})"
-        raise _redacted(RefusedError(f"no valid AWS credentials: {reason}", _CREDENTIALS_HINT), session) from error
+        hint = "they are expired: renew them" if expired else _CREDENTIALS_HINT
+        raise _redacted(RefusedError(f"no valid AWS credentials: {reason}", hint), session) from error
     if found is None:
         raise RefusedError("no valid AWS credentials: there are none", _CREDENTIALS_HINT)
     for value in (found.access_key, found.secret_key, found.token):

@@ -104,6 +104,7 @@ class SimulatedDevice:
 
     def __init__(self, module: Module, *, folder: Path | None = None) -> None:
         self._module = module
+        self._unanswered: list[socket.socket] = []
         self._shim = build_shim()
         with contextlib.ExitStack() as cleanup:
             home = folder or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="nitrosim-")))
@@ -144,7 +145,7 @@ class SimulatedDevice:
             while all(self._handle(key.fileobj, listener, clients) for key, _ in self._selector.select()):
                 pass
         finally:  # whoever waits for an answer sees EIO, also when the module itself broke
-            for connection in (listener, *clients):
+            for connection in (listener, *clients, *self._unanswered):
                 connection.close()
 
     def _handle(self, ready: object, listener: socket.socket, clients: set[socket.socket]) -> bool:
@@ -167,7 +168,9 @@ class SimulatedDevice:
         """One request, one answer; nothing for a client that only opened the device, or vanished."""
         with contextlib.suppress(OSError):
             request = client.recv(REQUEST_MAX + 1)
-            if request:
+            if request and getattr(self._module, "silent", False):
+                self._unanswered.append(client.dup())  # keeps the caller waiting
+            elif request:
                 client.send(self._module.answer(request))
 
 

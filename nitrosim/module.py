@@ -49,6 +49,7 @@ FAULTS: Final[Mapping[str, str]] = {
     "nsm-garbage": "the NSM's answers are no CBOR",
     "nsm-wrong-kind": "the NSM answers another question than the one asked",
     "nsm-empty-random": "the NSM's random answer holds no bytes",
+    "silent-module": "the NSM answers nothing, as the driver waits 120 s for it",
     "bad-signature": "the document's signature is wrong",
     "expired-leaf": "the document and the certificate it is signed with are six hours old",
     "foreign-root": "the document comes from another PKI",
@@ -131,6 +132,11 @@ class SoftwareNsm:
         self._pcrs = _bank(default_pcrs(module_id) | dict(pcrs or {}), debug=debug)
         self._locked = set(BOOT_LOCKED)
         self._lock = threading.Lock()
+
+    @property
+    def silent(self) -> bool:
+        """Whether requests are to be left without an answer."""
+        return self._fault == "silent-module"
 
     @property
     def pcrs(self) -> tuple[bytes, ...]:

@@ -80,6 +80,11 @@ class HttpsServer:
         """The endpoint, by a name that is in the certificate."""
         return f"https://localhost:{self.port}"
 
+    @property
+    def connections(self) -> int:
+        """How many connections were opened so far."""
+        return self._server.connections
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -127,6 +132,7 @@ class _Server(http.server.ThreadingHTTPServer):
         self.application = application
         self._context = context
         self._open: set[socket.socket] = set()
+        self.connections = 0
         self._lock = threading.Lock()
         super().__init__(address, _Handler)
 
@@ -166,6 +172,7 @@ class _Server(http.server.ThreadingHTTPServer):
     def _tracked(self, connection: socket.socket) -> Iterator[None]:
         with self._lock:
             self._open.add(connection)
+            self.connections += 1
         try:
             yield
         finally:
@@ -212,6 +219,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def do_GET(self) -> None:
+        """As POST."""
+        self.do_POST()
+
+    def do_PUT(self) -> None:
         """As POST."""
         self.do_POST()
 

@@ -201,6 +201,14 @@ def test_a_module_that_refuses(enclaves: Callable[..., Enclave], fault: str, par
     refused(enclave, enclave.decrypt(), 3, part)
 
 
+def test_a_module_that_does_not_answer_is_bounded_by_the_timeout(enclaves: Callable[..., Enclave]) -> None:
+    enclave = enclaves(faults=["silent-module"])
+    enclave.place(BLOB)
+    start = time.monotonic()
+    refused(enclave, enclave.decrypt("--timeout", "2"), 3, "does not answer within 2 seconds")
+    assert time.monotonic() - start < 10
+
+
 # -- credentials
 
 

@@ -144,7 +144,7 @@ def test_credentials(enclave: Enclave) -> None:
     expired = examine(enclave, AWS_CREDENTIAL_EXPIRATION="2020-01-01T00:00:00Z")
     broken(expired, 4, "credentials", "expired", "renew them")
     nothing = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
-    broken(examine(enclave, **nothing), 4, "credentials", "no AWS credentials", "the parent must pass them on")
+    broken(examine(enclave, **nothing), 4, "credentials", "no valid AWS credentials", "the parent must pass them on")
     soon = (datetime.now(UTC) + timedelta(seconds=200)).isoformat()
     status, checks = examine(enclave, AWS_CREDENTIAL_EXPIRATION=soon)
     assert (status, checks["credentials"]["outcome"]) == (0, "warned")
@@ -200,7 +200,7 @@ def test_through_a_proxy_tls_is_left_to_the_call(enclave: Enclave) -> None:
         address = f"http://localhost:{proxy.getsockname()[1]}"
         run = enclave.attestor("doctor", environment={"HTTPS_PROXY": address, "NO_PROXY": None})
     assert run.status == 0
-    assert f"skipped tls the proxy {address} is in between" in text_of(run)
+    assert "skipped tls the proxy localhost is in between" in text_of(run)
 
 
 def test_a_vsock_that_leads_nowhere(enclave: Enclave) -> None:

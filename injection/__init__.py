@@ -1,0 +1,1 @@
+"""Secrets from a manifest, ciphertexts of every kind, and how the bytes get here; imported by the commands late."""

@@ -1,0 +1,252 @@
+"""Messages of the AWS Encryption SDK, streamed through the package aws-encryption-sdk.
+
+Their data keys are opened by the attested client.
+
+A message is released frame by frame before its signature is known, so the caller must not let anybody see what was
+appended before `decrypt` has returned. Key commitment is demanded. Memory is bounded by the frame length.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from attestor import (
+    AttestorError,
+    InputError,
+    NotAuthenticError,
+    RefusedError,
+    given,
+    is_pinned,
+    is_same_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from attestor import Kms, Readable, Target
+
+    Ask = Callable[[dict[str, Any]], Mapping[str, Any]]
+    """One operation of a KMS client: its parameters in, its answer out."""
+
+try:
+    import aws_encryption_sdk as sdk
+    from aws_encryption_sdk.identifiers import AlgorithmSuite, CommitmentPolicy
+    from aws_encryption_sdk.internal.crypto.authentication import Signer, Verifier
+    from aws_encryption_sdk.internal.crypto.elliptic_curve import generate_ecc_signing_key
+    from aws_encryption_sdk.internal.defaults import ENCODED_SIGNER_KEY
+    from aws_encryption_sdk.materials_managers import DecryptionMaterials, EncryptionMaterials
+    from aws_encryption_sdk.materials_managers.base import CryptoMaterialsManager
+    from aws_encryption_sdk.structures import DataKey, EncryptedDataKey, MasterKeyInfo
+except ImportError as missing:
+    raise InputError(
+        "messages of the AWS Encryption SDK need the package aws-encryption-sdk",
+        "requirements/esdk.txt locks it, and the extra esdk asks for it",
+    ) from missing
+
+FRAME_LENGTH: Final = 1 << 20  # of the messages we write
+FRAME_MAX: Final = 16 << 20  # of the messages we read; the body, where there are no frames
+DATA_KEYS_MAX: Final = 10
+_CHUNK: Final = 1 << 20
+_ALGORITHM: Final = AlgorithmSuite.AES_256_GCM_HKDF_SHA512_COMMIT_KEY_ECDSA_P384
+_RESERVED: Final = "aws-crypto-"  # encryption context, AWS Encryption SDK message format reference
+
+_quiet = logging.getLogger("aws_encryption_sdk")  # its errors are ours to report, and it can log keys
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+
+def decrypt(
+    message: Readable,
+    append: Callable[[bytes], None],
+    ask: Ask,
+    *,
+    key_id: str | None,
+    context: Mapping[str, str],
+    grant_tokens: tuple[str, ...] = (),
+    signed: bool = False,
+) -> None:
+    """Decrypt a message and hand on its plaintext in pieces; it is authentic when this returns, not before.
+
+    `context` must be contained in the message's; with `signed` an unsigned message is refused. Raises
+    NotAuthenticError for everything that is wrong with the message itself, RefusedError when KMS refuses.
+    """
+    for piece in _verified(message, _Materials(ask, key_id, context, grant_tokens, signed=signed)):
+        append(piece)
+
+
+def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[bytes]:
+    """The pieces of the plaintext; the package's errors, whichever they are, become ours."""
+    client = sdk.EncryptionSDKClient(
+        commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT, max_encrypted_data_keys=DATA_KEYS_MAX
+    )
+    try:
+        stream = client.stream(mode="d", source=message, materials_manager=materials, max_body_length=FRAME_MAX)
+        size = stream.header.frame_length or _CHUNK
+        while piece := stream.read(size):
+            yield piece
+        stream.close()  # fails if the footer was not read
+    except AttestorError:
+        raise
+    except Exception as error:
+        raise NotAuthenticError(
+            f"message of the AWS Encryption SDK is damaged, not authentic or out of bounds ({type(error).__name__})"
+        ) from error
+    if message.read(1):
+        raise NotAuthenticError("message of the AWS Encryption SDK has bytes behind its end")
+
+
+class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package has no types
+    """Decides whether a message may be opened, and gets its data key from KMS."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        key_id: str | None,
+        context: Mapping[str, str],
+        grant_tokens: tuple[str, ...],
+        *,
+        signed: bool,
+    ) -> None:
+        self._ask = ask
+        self._key_id = key_id
+        self._context = context
+        self._grant_tokens = grant_tokens
+        self._signed = signed
+
+    def get_encryption_materials(self, request: Any) -> Any:
+        """Never called: this is for decryption."""
+        raise NotImplementedError
+
+    def decrypt_materials(self, request: Any) -> DecryptionMaterials:
+        """Data key and verification key of a message whose header was parsed."""
+        found = request.encryption_context
+        for name, value in self._context.items():
+            if found.get(name) != value:
+                raise NotAuthenticError(f"message of the AWS Encryption SDK has another context: {name} differs")
+        return DecryptionMaterials(
+            verification_key=self._verification_key(request.algorithm, found), data_key=self._data_key(request)
+        )
+
+    def _verification_key(self, algorithm: Any, context: Mapping[str, str]) -> bytes | None:
+        """The public key that a signed message has in its context, and that an unsigned one has not."""
+        point = context.get(ENCODED_SIGNER_KEY)
+        if (algorithm.signing_algorithm_info is None) != (point is None):
+            raise NotAuthenticError("message of the AWS Encryption SDK contradicts itself about its signature")
+        if point is None and self._signed:
+            raise NotAuthenticError("message of the AWS Encryption SDK is not signed, asked for a signed one")
+        if point is None:
+            return None
+        key: bytes = Verifier.from_encoded_point(algorithm=algorithm, encoded_point=point).key_bytes()
+        return key
+
+    def _data_key(self, request: Any) -> DataKey:
+        """The first data key that KMS opens, of those under our key."""
+        refusal: RefusedError | None = None
+        for wrapped in sorted(request.encrypted_data_keys, key=lambda one: str(one.key_provider.key_info)):
+            arn = _arn_of(wrapped)
+            if arn is None or not (self._key_id is None or is_same_key(self._key_id, arn)):
+                continue
+            try:
+                return self._ask_for(wrapped, arn, request)
+            except RefusedError as error:
+                refusal = error
+        asked = f"key {self._key_id}" if is_pinned(self._key_id) else "any key of KMS"
+        raise refusal or RefusedError(f"message of the AWS Encryption SDK has no data key under {asked}")
+
+    def _ask_for(self, wrapped: Any, arn: str, request: Any) -> DataKey:
+        answer = self._ask(
+            {
+                "CiphertextBlob": wrapped.encrypted_data_key,
+                "KeyId": arn,
+                "EncryptionContext": request.encryption_context,
+                **given(GrantTokens=list(self._grant_tokens)),
+            }
+        )
+        if len(answer["Plaintext"]) != request.algorithm.data_key_len:
+            raise NotAuthenticError("data key in the message of the AWS Encryption SDK has a wrong length")
+        return DataKey(wrapped.key_provider, answer["Plaintext"], wrapped.encrypted_data_key)
+
+
+def _arn_of(wrapped: Any) -> str | None:
+    """The ARN of the KMS key that wraps a data key; None if something else does."""
+    provider = wrapped.key_provider
+    if provider.provider_id not in {"aws-kms", b"aws-kms"}:
+        return None
+    info = provider.key_info
+    arn = info.decode(errors="replace") if isinstance(info, bytes) else str(info)
+    return arn if arn.startswith("arn:") and is_pinned(arn) and arn.isprintable() else None
+
+
+def decrypt_alone(
+    kms: Kms,
+    message: Readable,
+    target: Target,
+    key_id: str | None,
+    context: Mapping[str, str],
+    grant_tokens: tuple[str, ...],
+    *,
+    signed: bool,
+) -> None:
+    """One message into one target."""
+    decrypt(
+        message,
+        target.append,
+        lambda parameters: kms.call("decrypt", **parameters),
+        key_id=key_id,
+        context=context,
+        grant_tokens=grant_tokens,
+        signed=signed,
+    )
+    target.append(b"")  # of an empty plaintext too
+    target.seal()
+    target.place()
+
+
+def encrypt(
+    plaintext: Readable, append: Callable[[bytes], None], ask: Ask, *, key_id: str, context: Mapping[str, str]
+) -> None:
+    """Write a message, signed and with key commitment; `ask` is Encrypt of a KMS client.
+
+    The data key is made here and wrapped by Encrypt, so that an operator needs no permission that could decrypt.
+    """
+    for name in context:
+        if name.startswith(_RESERVED):
+            raise InputError(f"context {name}: names that start with {_RESERVED} are the AWS Encryption SDK's own")
+    client = sdk.EncryptionSDKClient(commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT)
+    with client.stream(
+        mode="e",
+        source=plaintext,
+        materials_manager=_Wrapping(ask, key_id),
+        encryption_context=dict(context),
+        frame_length=FRAME_LENGTH,
+    ) as stream:
+        while piece := stream.read(FRAME_LENGTH):
+            append(piece)
+
+
+class _Wrapping(CryptoMaterialsManager):  # type: ignore[misc]  # the package has no types
+    """Makes a data key and a signing key, and lets KMS encrypt the data key."""
+
+    def __init__(self, ask: Ask, key_id: str) -> None:
+        self._ask, self._key_id = ask, key_id
+
+    def get_encryption_materials(self, request: Any) -> EncryptionMaterials:
+        """Keys for one message; the public one goes into its context."""
+        signer = Signer(algorithm=_ALGORITHM, key=generate_ecc_signing_key(algorithm=_ALGORITHM))
+        context = {**request.encryption_context, ENCODED_SIGNER_KEY: signer.encoded_public_key().decode()}
+        key = os.urandom(_ALGORITHM.kdf_input_len)
+        answer = self._ask({"KeyId": self._key_id, "Plaintext": key, "EncryptionContext": context})
+        provider = MasterKeyInfo("aws-kms", answer["KeyId"])
+        return EncryptionMaterials(
+            algorithm=_ALGORITHM,
+            data_encryption_key=DataKey(provider, key, answer["CiphertextBlob"]),
+            encrypted_data_keys={EncryptedDataKey(provider, answer["CiphertextBlob"])},
+            encryption_context=context,
+            signing_key=signer.key_bytes(),
+        )
+
+    def decrypt_materials(self, request: Any) -> Any:
+        """Never called: this is for encryption."""
+        raise NotImplementedError

@@ -1,0 +1,415 @@
+"""The manifest of `attestor inject`: TOML in, checked values out.
+
+The manifest comes from the image, and so do key, endpoint and CA in it. Variables are the parent's claims: they are
+filled in after parsing, only where they are declared, must match their pattern in full, and cannot become a path
+separator, so that they choose among what the manifest allows and never something else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import grp
+import os
+import posixpath
+import pwd
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from attestor import InputError, is_pinned, parse_endpoint, parse_key_id
+from injection.vsock import Address, metadata_tag, parse_address
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MANIFEST_MAX: Final = 1 << 20
+ENTRIES_MAX: Final = 300  # each needs up to three descriptors, of 1024 that a process has by default
+SECRET_MAX: Final = 1 << 30
+FILE_MAX: Final = 16 << 20
+VALUE_MAX: Final = 1024
+CONCURRENCY: Final = 3  # vsock-proxy serves four connections at once by default: one is left for others
+DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
+
+_REFERENCE: Final = re.compile(r"\$\{([^}]*)\}|\$\{")
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_SOURCE: Final = re.compile(r"(s3|https)://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
+_FIXED: Final = re.compile(r"/|-\Z|(s3|https)://[^/?#${}]+/")  # what of a source no variable may change
+_BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|arn:[A-Za-z0-9:._-]{1,200}")
+_HOST: Final = re.compile(r"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
+_MODE: Final = re.compile(r"0[0-7]{3}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_SEPARATORS: Final = frozenset("/\\?#%")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One target: a secret, or with `kind` "file" a file that is not sensitive."""
+
+    kind: Literal["secret", "file"]
+    source: str
+    target: str
+    mode: int
+    owner: tuple[int, int]
+    max_bytes: int
+    key_id: str | None = None
+    context: Mapping[str, str] | None = None
+    grant_tokens: tuple[str, ...] = ()
+    base64: bool = False
+    signed: bool = False
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest with its variables filled in; nothing in it is unchecked."""
+
+    entries: tuple[Entry, ...]
+    region: str | None
+    key_id: str | None
+    endpoint_url: str | None
+    ca_bundle: str | None
+    vsock: Address | None
+    imds_vsock: Address | None
+    s3_vsock: Address | None
+    timeout: float
+    concurrency: int
+    pass_credentials: bool
+
+
+class _Field(NamedTuple):
+    """What a key of a table must be, for the check and for the JSON schema."""
+
+    check: Callable[[Any], bool]
+    what: str
+    schema: Mapping[str, Any]
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind  # a bool is no number here
+
+
+def _is_table_of_strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _between(low: int, high: int) -> _Field:
+    return _Field(
+        lambda value: type(value) is int and low <= value <= high,
+        f"a number from {low} to {high}",
+        {"type": "integer", "minimum": low, "maximum": high},
+    )
+
+
+_STRING: Final = _Field(_is(str), "a string", {"type": "string"})
+_FLAG: Final = _Field(_is(bool), "true or false", {"type": "boolean"})
+_STRINGS: Final = _Field(_is_list_of_strings, "a list of strings", {"type": "array", "items": {"type": "string"}})
+_CONTEXT: Final = _Field(
+    _is_table_of_strings, "a table of strings", {"type": "object", "additionalProperties": {"type": "string"}}
+)
+_TABLES: Final = _Field(
+    lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value), "a list of tables", {}
+)
+_VARIABLES: Final = _Field(_is(dict), "a table", {})
+
+_PLACEMENT: Final[Mapping[str, _Field]] = {
+    "source": _STRING,
+    "target": _STRING,
+    "mode": _STRING,
+    "owner": _STRING,
+    "world_readable": _FLAG,
+    "max_bytes": _between(1, SECRET_MAX),
+}
+_SECRET: Final[Mapping[str, _Field]] = {
+    **_PLACEMENT,
+    "key_id": _STRING,
+    "context": _CONTEXT,
+    "unbound": _FLAG,
+    "grant_tokens": _STRINGS,
+    "encoding": _STRING,
+    "signed": _FLAG,
+}
+_FILE: Final[Mapping[str, _Field]] = {**_PLACEMENT, "sha256": _STRING, "unauthenticated": _FLAG}
+_VARIABLE: Final[Mapping[str, _Field]] = {"pattern": _STRING, "tag": _STRING}
+_TOP: Final[Mapping[str, _Field]] = {
+    "region": _STRING,
+    "key_id": _STRING,
+    "any_key": _FLAG,
+    "endpoint_url": _STRING,
+    "ca_bundle": _STRING,
+    "vsock": _STRING,
+    "imds_vsock": _STRING,
+    "s3_vsock": _STRING,
+    "timeout": _between(1, 86400),
+    "concurrency": _between(1, 64),
+    "pass_credentials": _FLAG,
+    "variables": _VARIABLES,
+    "secret": _TABLES,
+    "file": _TABLES,
+}
+
+
+def parse(text: bytes, given: Mapping[str, str], environment: Mapping[str, str]) -> Manifest:
+    """The manifest in a TOML document; `given` are the values of --set, which come before the environment's.
+
+    Raises InputError. Only with a variable that has a `tag` and no other value is the metadata service asked.
+    """
+    try:
+        table = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"manifest is not TOML: {error}") from error
+    _check_table(table, _TOP, "manifest")
+    imds_vsock = _address(table, "imds_vsock")
+    variables = _Variables(table.get("variables", {}), given, environment, imds_vsock)
+    entries = [_secret(number, one, table, variables) for number, one in enumerate(table.get("secret", []), 1)]
+    entries += [_file(number, one, variables) for number, one in enumerate(table.get("file", []), 1)]
+    _check_entries(entries)
+    return Manifest(
+        entries=tuple(entries),
+        region=table.get("region"),
+        key_id=parse_key_id(table.get("key_id"), "key_id"),
+        endpoint_url=parse_endpoint(table.get("endpoint_url"), "endpoint_url"),
+        ca_bundle=table.get("ca_bundle"),
+        vsock=_address(table, "vsock"),
+        imds_vsock=imds_vsock,
+        s3_vsock=_address(table, "s3_vsock"),
+        timeout=float(table.get("timeout", 60)),
+        concurrency=table.get("concurrency", CONCURRENCY),
+        pass_credentials=table.get("pass_credentials", False),
+    )
+
+
+def _check_table(table: Mapping[str, Any], fields: Mapping[str, _Field], where: str) -> None:
+    for name, value in table.items():
+        if name not in fields:
+            raise InputError(f"{where}: unknown key {name}", *_nearest(name, fields))
+        if not fields[name].check(value):
+            raise InputError(f"{where}: {name} must be {fields[name].what}")
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> list[str]:
+    near = difflib.get_close_matches(name, known, 1) or sorted(known)
+    return [f"did you mean {near[0]}?" if len(near) == 1 else f"known are {', '.join(near)}"] if near else []
+
+
+def _address(table: Mapping[str, Any], name: str) -> Address | None:
+    return parse_address(table[name]) if name in table else None
+
+
+class _Variables:
+    """The declared variables and their values; one without a value is an error only where it is used."""
+
+    def __init__(
+        self,
+        declared: Mapping[str, Any],
+        given: Mapping[str, str],
+        environment: Mapping[str, str],
+        imds_vsock: Address | None,
+    ) -> None:
+        for name in given:
+            if name not in declared:
+                raise InputError(f"--set {name}: the manifest declares no such variable", *_nearest(name, declared))
+        self._values: dict[str, str | None] = {}
+        for name, declaration in declared.items():
+            if not _NAME.fullmatch(name):
+                raise InputError(f"variables: {name} is not a name of letters, digits and _")
+            pattern, tag = _declaration(name, declaration)
+            value = given.get(name, environment.get(name))
+            if value is None and tag is not None:
+                value = _tag(name, tag, imds_vsock)
+            self._values[name] = value
+            if value is not None and not _matches(pattern, value, name):
+                raise InputError(f"value of variable {name} does not match {pattern}")
+
+    def fill(self, text: str, where: str, *, in_path: bool = False) -> str:
+        """The text with its references replaced; in a path no value may bring a separator."""
+
+        def value_of(reference: re.Match[str]) -> str:
+            name = reference[1]
+            if name not in self._values:
+                what = f"undeclared variable {name}" if name else "${ without a name"
+                raise InputError(f"{where}: {what}", *_nearest(name or "", self._values))
+            value = self._values[name]
+            if value is None:
+                raise InputError(f"{where}: variable {name} has no value", f"--set {name}=VALUE gives one")
+            if in_path and (_SEPARATORS.intersection(value) or value in {"", ".", ".."}):
+                raise InputError(f"{where}: value of variable {name} is no part of a path")
+            return value
+
+        return _REFERENCE.sub(value_of, text)
+
+
+def _declaration(name: str, declaration: Any) -> tuple[str, str | None]:
+    """Pattern and instance tag of a variable, which is declared as a pattern or as a table."""
+    if isinstance(declaration, str):
+        return declaration or DEFAULT_PATTERN, None
+    if not isinstance(declaration, dict):
+        raise InputError(f"variables: {name} must be a pattern, or a table with pattern and tag")
+    _check_table(declaration, _VARIABLE, f"variables: {name}")
+    return declaration.get("pattern", DEFAULT_PATTERN), declaration.get("tag")
+
+
+def _tag(name: str, tag: str, imds_vsock: Address | None) -> str:
+    if imds_vsock is None:
+        raise InputError(f"variable {name} is an instance tag, and the manifest has no imds_vsock to ask for it")
+    return metadata_tag(imds_vsock, tag)
+
+
+def _matches(pattern: str, value: str, name: str) -> bool:
+    try:
+        found = re.compile(pattern).fullmatch(value[: VALUE_MAX + 1])
+    except re.error as error:
+        raise InputError(f"variables: pattern of {name} is no regular expression: {error}") from error
+    return found is not None and len(value) <= VALUE_MAX and value.isprintable()
+
+
+def _secret(number: int, table: Mapping[str, Any], top: Mapping[str, Any], variables: _Variables) -> Entry:
+    where = f"secret {number}"
+    _check_table(table, _SECRET, where)
+    context = table.get("context")
+    if not context and not table.get("unbound", False):
+        raise InputError(f"{where} has no context", 'context = { name = "value" } binds it, or say unbound = true')
+    if context and table.get("unbound"):
+        raise InputError(f"{where} has a context, and unbound = true")
+    key_id = parse_key_id(table.get("key_id", top.get("key_id")), f"{where}: key_id")
+    if not is_pinned(key_id) and not top.get("any_key", False):
+        raise InputError(
+            f"{where}: no key is pinned", "key_id wants a key ARN or key id; any_key = true accepts every key"
+        )
+    encoding = table.get("encoding", "raw")
+    if encoding not in {"raw", "base64"}:
+        raise InputError(f"{where}: encoding {encoding} is neither raw nor base64")
+    return Entry(
+        kind="secret",
+        key_id=key_id,
+        context={name: variables.fill(value, f"{where}: context") for name, value in (context or {}).items()},
+        grant_tokens=tuple(variables.fill(token, f"{where}: grant_tokens") for token in table.get("grant_tokens", ())),
+        base64=encoding == "base64",
+        signed=table.get("signed", False),
+        **_placement(table, where, variables, SECRET_MAX),
+    )
+
+
+def _file(number: int, table: Mapping[str, Any], variables: _Variables) -> Entry:
+    where = f"file {number}"
+    _check_table(table, _FILE, where)
+    sha256 = table.get("sha256")
+    if (sha256 is None) != table.get("unauthenticated", False):
+        raise InputError(f"{where} wants either sha256 or unauthenticated = true")
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise InputError(f"{where}: sha256 is not 64 lower-case hexadecimal digits")
+    return Entry(kind="file", sha256=sha256, **_placement(table, where, variables, FILE_MAX))
+
+
+def _placement(table: Mapping[str, Any], where: str, variables: _Variables, max_bytes: int) -> dict[str, Any]:
+    """What secrets and files have in common."""
+    for name in ("source", "target"):
+        if name not in table:
+            raise InputError(f"{where} has no {name}")
+    mode = table.get("mode", "0600")
+    if not _MODE.fullmatch(mode):
+        raise InputError(f"{where}: mode {mode} is not one such as 0600")
+    if int(mode, 8) & 0o007 and not table.get("world_readable", False):
+        raise InputError(f"{where}: mode {mode} opens it to everybody", "world_readable = true says that this is meant")
+    return {
+        "source": _source(table["source"], where, variables),
+        "target": _target(variables.fill(table["target"], f"{where}: target", in_path=True), where),
+        "mode": int(mode, 8),
+        "owner": _owner(table.get("owner"), where),
+        "max_bytes": table.get("max_bytes", max_bytes),
+    }
+
+
+def _source(text: str, where: str, variables: _Variables) -> str:
+    """A source after substitution; a variable chooses neither scheme nor host nor bucket."""
+    if not _FIXED.match(text):
+        what = "is not https" if text.startswith("http://") else "is no absolute path, s3://, https:// or -"
+        raise InputError(f"{where}: source {text} {what}", "a variable may stand only in the path")
+    source = variables.fill(text, f"{where}: source", in_path=True)
+    if source == "-":
+        return source
+    if source.startswith("/"):
+        return _target(source, where, "source")
+    parts = _SOURCE.fullmatch(source)
+    known = _BUCKET if source.startswith("s3") else _HOST
+    if parts is None or not known.fullmatch(parts[2]) or (known is _BUCKET and (parts[4] or len(parts[3]) < 2)):
+        raise InputError(f"{where}: source {source} names no {'object' if known is _BUCKET else 'host and path'}")
+    if {".", ".."} & set(parts[3].split("/")) or not source.isprintable() or " " in source:
+        raise InputError(f"{where}: source {source} is not in its shortest form")
+    return source
+
+
+def _target(path: str, where: str, what: str = "target") -> str:
+    if not path.startswith("/"):
+        raise InputError(f"{where}: {what} {path} is not an absolute path")
+    if posixpath.normpath(path) != path or path.startswith("//") or not path.isprintable() or path == "/":
+        raise InputError(f"{where}: {what} {path} is not in its shortest form, or names a folder")
+    return path
+
+
+def _owner(text: str | None, where: str) -> tuple[int, int]:
+    """User and group ids of USER, USER:GROUP or numbers; -1 leaves one as it is."""
+    if text is None:
+        return -1, -1
+    user, _, group = text.partition(":")
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+        gid = -1 if not group else int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{where}: owner {text} is not known here") from error
+    if max(uid, gid) >= 2**32 - 1:
+        raise InputError(f"{where}: owner {text} is not known here")
+    return uid, gid
+
+
+def _check_entries(entries: list[Entry]) -> None:
+    """What entries must not do to each other."""
+    if not 0 < len(entries) <= ENTRIES_MAX:
+        raise InputError(f"manifest has {len(entries)} secrets and files, expected 1 to {ENTRIES_MAX}")
+    if sum(entry.source == "-" for entry in entries) > 1:
+        raise InputError("two sources are standard input")
+    real: dict[str, str] = {}
+    for entry in entries:
+        folder, name = os.path.split(entry.target)
+        path = os.path.join(os.path.realpath(folder), name)
+        if path in real:
+            raise InputError(f"target {entry.target} is there twice")
+        real[path] = entry.target
+    for path, target in real.items():
+        for parent in _parents(path):
+            if parent in real:
+                raise InputError(f"target {target} is inside target {real[parent]}")
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:end]) for end in range(2, len(parts))]
+
+
+def json_schema() -> dict[str, Any]:
+    """The manifest's structure as a JSON schema (draft 2020-12); patterns and paths are checked beyond it."""
+
+    def table(fields: Mapping[str, _Field], required: tuple[str, ...] = (), **schemas: Any) -> dict[str, Any]:
+        properties = {name: schemas.get(name, field.schema) for name, field in fields.items()}
+        return {
+            "type": "object",
+            "properties": properties,
+            "additionalProperties": False,
+            **({"required": list(required)} if required else {}),
+        }
+
+    variable = {"oneOf": [{"type": "string"}, table(_VARIABLE)]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "manifest of attestor inject",
+        **table(
+            _TOP,
+            variables={"type": "object", "additionalProperties": variable},
+            secret={"type": "array", "items": table(_SECRET, ("source", "target"))},
+            file={"type": "array", "items": table(_FILE, ("source", "target"))},
+        ),
+    }

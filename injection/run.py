@@ -1,0 +1,310 @@
+"""`attestor inject`: every secret of a manifest into its place, all of them or none, then the program."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from attestor import (
+    CIPHERTEXT_MAX,
+    AttestorError,
+    InputError,
+    Kms,
+    Message,
+    NotAuthenticError,
+    UnreachableError,
+    attested,
+    check_ciphertext,
+    connect,
+    given,
+    is_message,
+    log,
+    process_recipient,
+    read_bounded,
+    translated,
+    within,
+)
+from injection.manifest import MANIFEST_MAX, Entry, Manifest, parse
+from injection.placement import Placement
+from injection.sources import Sources, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from attestor import SecretFile
+
+_CHUNK: Final = 1 << 20
+_MANY: Final = 10  # entries, from which on a terminal shows progress
+_LARGE: Final = 8 << 20  # bytes, the same
+_CREDENTIALS: Final = frozenset(
+    "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION "
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_CONTAINER_AUTHORIZATION_TOKEN "
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_WEB_IDENTITY_TOKEN_FILE AWS_EC2_METADATA_TOKEN".split()
+)
+_TOKENS: Final = "AWS_BEARER_TOKEN_"
+
+
+class ProgramError(AttestorError):
+    """The program cannot be run; `status` is as in a shell."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a receipt says of one entry; `size` is in bytes."""
+
+    size: int
+    key_id: str | None = None
+    request_id: str | None = None
+
+
+def inject(
+    manifest_file: str, program: Sequence[str], *, settings: Mapping[str, str], receipt: str | None, force: bool
+) -> None:
+    """Place everything of a manifest, then become the program if there is one.
+
+    Raises an AttestorError, and then nothing that this run placed is left; ProgramError for the program itself.
+    """
+    text = read_bounded(manifest_file, MANIFEST_MAX + 1, f"manifest {manifest_file}")
+    if len(text) > MANIFEST_MAX:
+        raise InputError(f"manifest {manifest_file} is longer than {MANIFEST_MAX} bytes")
+    manifest = parse(text, settings, os.environ)
+    if manifest_file == "-" and any(entry.source == "-" for entry in manifest.entries):
+        raise InputError("standard input is the manifest, and a source in it")
+    if receipt is not None and os.path.realpath(receipt) in {os.path.realpath(one.target) for one in manifest.entries}:
+        raise InputError(f"receipt {receipt} is a target too")
+    executable = find_program(program[0]) if program else None
+    kms = _kms(manifest)
+    with Placement() as placement:
+        targets = [placement.add(one.target, force=force, mode=one.mode, owner=one.owner) for one in manifest.entries]
+        receipt_file = placement.add(receipt, force=force) if receipt is not None else None
+        outcomes = _Injector(manifest, kms, placement).run(targets)
+        if receipt_file is not None:
+            receipt_file.append(_receipt(manifest, outcomes))
+            receipt_file.seal()
+        placement.place()
+        if executable is not None:
+            _become(executable, program, pass_credentials=manifest.pass_credentials)
+
+
+def _kms(manifest: Manifest) -> Kms:
+    """KMS as the manifest names it; what it leaves open comes from the environment of this process."""
+    key_id = manifest.key_id or next((entry.key_id for entry in manifest.entries if entry.key_id), None)
+    return connect(
+        key_id, manifest.region, manifest.endpoint_url, manifest.timeout, manifest.vsock, manifest.imds_vsock,
+        manifest.ca_bundle,
+    )  # fmt: skip
+
+
+class _Injector:
+    """One key pair, one client with its connections kept alive, and few threads that share them."""
+
+    def __init__(self, manifest: Manifest, kms: Kms, placement: Placement) -> None:
+        self._manifest = manifest
+        self._placement = placement
+        recipient = process_recipient()
+        import botocore.session
+
+        recipient.wait_for_module(kms.timeout)
+        self._session = botocore.session.Session()
+        self._client = within(kms.timeout, self._made_client(kms))
+        self._sources = Sources(
+            self._session, kms.region, manifest.ca_bundle, manifest.s3_vsock, size=manifest.concurrency
+        )
+        self._progress = _Progress(len(manifest.entries))
+
+    def _made_client(self, kms: Kms) -> Callable[[], Any]:
+        return lambda: attested(kms.ready_client(self._session, connections=self._manifest.concurrency))
+
+    def run(self, targets: Sequence[SecretFile]) -> list[_Outcome]:
+        """Fill every target; raises the first error."""
+        pool = ThreadPoolExecutor(self._manifest.concurrency, "attestor-inject")
+        work = [pool.submit(self._fill, entry, target) for entry, target in zip(self._manifest.entries, targets,
+                                                                                strict=True)]  # fmt: skip
+        try:
+            for future in as_completed(work, self._manifest.timeout):
+                future.result()
+                self._progress.count()
+        except TimeoutError:
+            raise UnreachableError(f"not done within {self._manifest.timeout:g} seconds") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._progress.end()
+        return [future.result() for future in work]
+
+    def _fill(self, entry: Entry, target: SecretFile) -> _Outcome:
+        try:
+            with self._sources.open(entry.source, entry.max_bytes) as stream:
+                outcome = self._secret(entry, stream, target) if entry.kind == "secret" else self._copy(
+                    entry, stream, target
+                )  # fmt: skip
+            target.seal()
+        except AttestorError as error:
+            if entry.target not in str(error):
+                error.args = (f"{entry.target}: {error}",)
+            raise
+        return outcome
+
+    def _secret(self, entry: Entry, stream: Stream, target: SecretFile) -> _Outcome:
+        head = stream.read(min(entry.max_bytes, (2 * CIPHERTEXT_MAX if entry.base64 else CIPHERTEXT_MAX) + 1))
+        if is_message(head) and not entry.base64:
+            return self._message(entry, Message(head, stream), target)
+        if entry.signed:
+            raise InputError("it is signed = true, but a CiphertextBlob has no signature")
+        blob = check_ciphertext(head, "source", base64_text=entry.base64)
+        answer = self._decrypt(
+            {
+                "CiphertextBlob": blob,
+                "EncryptionContext": entry.context or {},
+                **given(KeyId=entry.key_id, GrantTokens=list(entry.grant_tokens)),
+            }
+        )
+        self._placement.append(target, answer["Plaintext"])
+        return _Outcome(len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"])
+
+    def _message(self, entry: Entry, message: Message, target: SecretFile) -> _Outcome:
+        from injection import esdk
+
+        answers: list[Mapping[str, Any]] = []
+        size = 0
+
+        def ask(parameters: dict[str, Any]) -> Mapping[str, Any]:
+            answers.append(self._decrypt(parameters))
+            return answers[-1]
+
+        def append(piece: bytes) -> None:
+            nonlocal size
+            size += len(piece)
+            self._placement.append(target, piece)
+            self._progress.bytes(len(piece))
+
+        esdk.decrypt(
+            message, append, ask, key_id=entry.key_id, context=entry.context or {}, grant_tokens=entry.grant_tokens,
+            signed=entry.signed,
+        )  # fmt: skip
+        append(b"")
+        return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
+
+    def _decrypt(self, parameters: dict[str, Any]) -> Mapping[str, Any]:
+        with translated(self._session, "decrypt", parameters):
+            answer: Mapping[str, Any] = self._client.decrypt(**parameters)
+        log.info("KMS answered request %s", answer["ResponseMetadata"].get("RequestId"))
+        return answer
+
+    def _copy(self, entry: Entry, stream: Stream, target: SecretFile) -> _Outcome:
+        """A file that is not sensitive, as it is."""
+        digest = hashlib.sha256()
+        size = 0
+        self._placement.append(target, b"")
+        while piece := stream.read(_CHUNK):
+            digest.update(piece)
+            size += len(piece)
+            self._placement.append(target, piece)
+        if size == 0:
+            raise InputError(f"source {entry.source} is empty")
+        if entry.sha256 not in {None, digest.hexdigest()}:
+            raise NotAuthenticError(f"source {entry.source} has SHA-256 {digest.hexdigest()}, expected {entry.sha256}")
+        return _Outcome(size)
+
+
+class _Progress:
+    """A line on the terminal while it takes long; silence everywhere else."""
+
+    def __init__(self, total: int) -> None:
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._total, self._done, self._bytes = total, 0, 0
+        self._shown = 0.0
+
+    def count(self) -> None:
+        """One more entry is complete."""
+        self._done += 1
+        self._show()
+
+    def bytes(self, count: int) -> None:
+        """So many more bytes of a message were decrypted."""
+        self._bytes += count
+        self._show()
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if not self._terminal or now - self._shown < 0.1 or (self._total < _MANY and self._bytes < _LARGE):
+            return
+        self._shown = now
+        sys.stderr.write(f"\rattestor: {self._done} of {self._total}, {self._bytes >> 20} MiB of messages\x1b[K")
+        sys.stderr.flush()
+
+
+def _receipt(manifest: Manifest, outcomes: Sequence[_Outcome]) -> bytes:
+    """What was done, as JSON: no secret, and no digest of one."""
+    from nsm.document import AttestationDocument
+
+    document = AttestationDocument.parse(process_recipient().document())
+    entries = [
+        {
+            "kind": entry.kind,
+            "target": entry.target,
+            "bytes": outcome.size,
+            **given(key_id=outcome.key_id, request_id=outcome.request_id),
+        }
+        for entry, outcome in zip(manifest.entries, outcomes, strict=True)
+    ]
+    pcrs = {str(number): value.hex() for number, value in sorted(document.pcrs.items())}
+    receipt = {"version": 1, "module_id": document.module_id, "pcrs": pcrs, "entries": entries}
+    return json.dumps(receipt, indent=2).encode() + b"\n"
+
+
+def find_program(name: str) -> str:
+    """The path of a program, looked up in PATH as a shell does; ProgramError with 127 or 126."""
+    path = shutil.which(name)
+    if path is not None:
+        return _checked(path, name)
+    if os.path.sep in name and os.path.lexists(name):
+        raise ProgramError(f"{name} cannot be executed: it is no executable file", 126)
+    raise ProgramError(f"{name}: no such program", 127)
+
+
+def _checked(path: str, name: str) -> str:
+    """Fail now, with nothing placed, on what execve would fail on later."""
+    try:
+        with open(path, "rb") as program:
+            head = program.read(4)
+    except PermissionError:  # executable but not readable: the kernel will tell
+        return path
+    except OSError as error:
+        raise ProgramError(f"{name} cannot be executed: {error.strerror}", 126) from error
+    if not head.startswith((b"\x7fELF", b"#!")):
+        raise ProgramError(f"{name} cannot be executed: it is neither ELF nor a script with #!", 126)
+    return path
+
+
+def _become(executable: str, program: Sequence[str], *, pass_credentials: bool) -> NoReturn:
+    """Exec the program: its exit status and signals are its own from here on."""
+    import signal
+
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if pass_credentials or not (name in _CREDENTIALS or name.startswith(_TOKENS))
+    }
+    for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and execve would keep that
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    try:
+        os.execve(executable, list(program), environment)  # noqa: S606 - no shell is the point
+    except OSError as error:
+        raise ProgramError(f"{program[0]} cannot be executed: {error.strerror}", 126) from error

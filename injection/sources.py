@@ -1,0 +1,189 @@
+"""Where the bytes of a manifest come from: files, S3, https and standard input; bounded, and only over verified TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import IO, TYPE_CHECKING, Any, Final
+from urllib.parse import urljoin, urlsplit
+
+from attestor import (
+    ATTEMPT_TIMEOUT,
+    AttestorError,
+    InputError,
+    NotAuthenticError,
+    RefusedError,
+    UnreachableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from injection.vsock import Address
+
+_REDIRECTS_MAX: Final = 3
+
+
+class Stream:
+    """The bytes of one source; more than `limit` of them are an error."""
+
+    def __init__(self, source: IO[bytes] | Any, what: str, limit: int) -> None:
+        self._source, self._what, self._limit = source, what, limit
+        self._count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Exactly so many bytes, fewer only at the end; raises an AttestorError."""
+        want = min(size if size >= 0 else self._limit + 1, self._limit + 1 - self._count)
+        with _translated(self._what):
+            data: bytes = self._source.read(want)
+        self._count += len(data)
+        if self._count > self._limit:
+            raise InputError(f"source {self._what} is longer than {self._limit} bytes")
+        return data
+
+
+class Sources:
+    """Opens sources; clients and connections are made once and kept. Thread-safe."""
+
+    def __init__(self, session: Any, region: str, ca_bundle: str | None, s3_vsock: Address | None, size: int) -> None:
+        self._session, self._region, self._ca_bundle, self._s3_vsock = session, region, ca_bundle, s3_vsock
+        self._connections = size
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._pool: Any = None
+
+    @contextlib.contextmanager
+    def open(self, source: str, limit: int) -> Iterator[Stream]:
+        """The stream of a source as the manifest names it: a path, "-", s3://BUCKET/KEY or https://."""
+        what = "standard input" if source == "-" else source
+        with contextlib.ExitStack() as opened:
+            with _translated(what):
+                raw = opened.enter_context(self._open(source))
+            yield Stream(raw, what, limit)
+
+    def _open(self, source: str) -> Any:
+        if source == "-":
+            return open(0, "rb", closefd=False)
+        if source.startswith("s3://"):
+            bucket, _, key = source.removeprefix("s3://").partition("/")
+            return contextlib.closing(self._s3().get_object(Bucket=bucket, Key=key)["Body"])
+        if source.startswith("https://"):
+            return self._get(source)
+        return open(os.open(source, os.O_RDONLY | os.O_CLOEXEC), "rb")
+
+    def _s3(self) -> Any:
+        from botocore.config import Config
+
+        with self._lock:
+            if self._client is None:
+                self._client = self._session.create_client(
+                    "s3",
+                    region_name=self._region,
+                    verify=self._ca_bundle,
+                    config=Config(
+                        max_pool_connections=self._connections,
+                        connect_timeout=ATTEMPT_TIMEOUT,
+                        read_timeout=ATTEMPT_TIMEOUT,
+                    ),
+                )
+                if not self._client.meta.endpoint_url.startswith("https://"):
+                    raise InputError(f"endpoint {self._client.meta.endpoint_url} is not https")
+                if self._s3_vsock:
+                    from injection.vsock import carry
+
+                    carry(self._client, self._s3_vsock)
+            return self._client
+
+    @contextlib.contextmanager
+    def _get(self, url: str) -> Iterator[Any]:
+        """The body of an https answer with status 200; redirects lead to https only."""
+        for _ in range(_REDIRECTS_MAX + 1):
+            answer = self._https().request(
+                "GET", url, preload_content=False, redirect=False, headers={"Accept-Encoding": "identity"}
+            )
+            with contextlib.closing(answer):
+                if answer.status == 200:
+                    yield answer
+                    return
+                url = urljoin(url, _location(answer))
+                if urlsplit(url).scheme != "https":
+                    raise NotAuthenticError(f"it redirects to {url}, which is not https")
+        raise InputError(f"it redirects more than {_REDIRECTS_MAX} times")
+
+    def _https(self) -> Any:
+        import urllib3
+        from botocore.httpsession import get_cert_path
+
+        with self._lock:
+            if self._pool is None:
+                ca_bundle = self._ca_bundle or self._session.get_config_variable("ca_bundle") or get_cert_path(True)
+                self._pool = urllib3.PoolManager(
+                    maxsize=self._connections,
+                    cert_reqs="CERT_REQUIRED",
+                    ca_certs=ca_bundle,
+                    timeout=urllib3.Timeout(ATTEMPT_TIMEOUT),
+                    retries=urllib3.Retry(connect=2, read=0, redirect=0, status=0, other=0),
+                )
+            return self._pool
+
+
+def _location(answer: Any) -> str:
+    """Where an answer redirects to; every other one is an error."""
+    if answer.status in {301, 302, 303, 307, 308} and answer.headers.get("Location"):
+        return str(answer.headers["Location"])
+    raise _refusal(answer.status, f"HTTP status {answer.status}")
+
+
+def _refusal(status: int, said: str) -> AttestorError:
+    if status in {401, 403}:
+        return RefusedError(said)
+    if status == 429 or status >= 500:
+        return UnreachableError(said)
+    return InputError(said)
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Let only errors of ours out, which name the source."""
+    try:
+        yield
+    except Exception as error:
+        ours = _ours(error)
+        if ours is None:
+            raise
+        ours.args = (f"source {what} cannot be read: {ours}",)
+        if ours is error:
+            raise
+        raise ours from error
+
+
+def _ours(error: Exception) -> AttestorError | None:  # noqa: PLR0911 - a table, as match
+    import ssl
+
+    from botocore import exceptions as sdk
+    from urllib3 import exceptions as http
+    from urllib3.util.ssl_match_hostname import CertificateError
+
+    from attestor import causes
+
+    match error:
+        case AttestorError():
+            return error
+        case sdk.ClientError():
+            answer = error.response.get("Error", {})
+            said = ": ".join(filter(None, (str(answer.get("Code") or "error"), str(answer.get("Message") or ""))))
+            return _refusal(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), said)
+        case sdk.NoCredentialsError() | sdk.PartialCredentialsError() | sdk.CredentialRetrievalError():
+            return RefusedError(f"no valid AWS credentials: {error}")
+        case http.HTTPError() | sdk.HTTPClientError() | sdk.ConnectionError() | sdk.IncompleteReadError():
+            kinds = (ssl.SSLCertVerificationError, CertificateError)
+            if any(isinstance(cause, kinds) for cause in causes(error)):
+                return NotAuthenticError(f"certificate is not valid: {error}")
+            return UnreachableError(str(error))
+        case sdk.BotoCoreError():
+            return RefusedError(str(error))
+        case OSError():
+            return InputError(error.strerror or str(error))
+        case _:
+            return None
