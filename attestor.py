@@ -18,7 +18,7 @@ Exit status:
     7    the output cannot be written
     8    policy explain cannot tell
     126  inject: the program cannot be executed; 127 there is no such program
-    130  SIGINT; 143 SIGTERM
+    129  SIGHUP; 130 SIGINT; 143 SIGTERM
 """
 
 from __future__ import annotations
