@@ -8,6 +8,7 @@ appended before `decrypt` has returned. Key commitment is demanded. Memory is bo
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
@@ -81,8 +82,8 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
     client = sdk.EncryptionSDKClient(
         commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT, max_encrypted_data_keys=DATA_KEYS_MAX
     )
+    stream = client.stream(mode="d", source=message, materials_manager=materials, max_body_length=FRAME_MAX)
     try:
-        stream = client.stream(mode="d", source=message, materials_manager=materials, max_body_length=FRAME_MAX)
         size = stream.header.frame_length or _CHUNK
         while piece := stream.read(size):
             yield piece
@@ -93,6 +94,8 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
         raise NotAuthenticError(
             f"message of the AWS Encryption SDK is damaged, not authentic or out of bounds ({type(error).__name__})"
         ) from error
+    finally:
+        io.IOBase.close(stream)  # its own would complain of a message that was given up, on stderr from Python 3.13 on
     if message.read(1):
         raise NotAuthenticError("message of the AWS Encryption SDK has bytes behind its end")
 
