@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -126,7 +127,8 @@ def test_nitrosim_skews_the_clock_on_demand(enclave: Enclave) -> None:
     nitrosim = [sys.executable, "-m", "nitrosim.cli", "run", "--clock-skew", "-7200", "--"]
     run = enclave.run(*nitrosim, sys.executable, "-m", "attestor", "doctor")
     assert run.status == 4, run.err
-    assert "failed clock this clock is 7200 s ahead of the endpoint's" in text_of(run)
+    # a whole second of the Date header may pass on a busy machine
+    assert re.search(r"failed clock this clock is 7(199|200|201) s ahead of the endpoint's", text_of(run))
 
 
 def test_a_clock_that_is_a_little_off_is_a_warning(enclaves: Callable[..., Enclave]) -> None:
