@@ -1099,7 +1099,8 @@ class SecretFile:
     An unnamed file (O_TMPFILE) gets its name by linkat when it is written and synced: until then even SIGKILL leaves
     nothing. A file system without them, or a missing /proc, gets a temporary name in the same folder instead. The
     folder is held open, so that nobody can swap it in between; a symbolic link as the target is never followed.
-    Leaving with an error takes back what was placed; what it replaced comes back too if it was kept.
+    Leaving with an error takes back what was placed; what it replaced comes back too if it was kept. SIGKILL amid a
+    replacement may leave a second name of the old file, never a part of the new one.
     """
 
     def __init__(self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)) -> None:
