@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _PATHS: Final = ("LD_PRELOAD", "NITROSIM_NSM_SOCKET")
+_DEVICE: Final = "/dev/nsm"
 _FORMS: Final = "kms, kms-chunks, kms-primitive, localstack"
 
 
@@ -56,6 +57,8 @@ def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"),
         click.option("--fault", "faults", metavar="NAME", multiple=True,
             help='what goes wrong, one of each layer; "nitrosim faults" lists them'),
+        click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True,
+            help="a tag of the instance, repeatable; starts the metadata service"),
         click.option("--clock-skew", metavar="SECONDS", type=click.FloatRange(-1e6, 1e6), default=0.0,
             help="how far the clock of KMS is ahead"),
     )):  # fmt: skip
@@ -88,6 +91,18 @@ def run(command: tuple[str, ...], **options: Any) -> int:
 @cli.command()
 @_world_options
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="of the KMS  [default: a free one]")
+@click.option(
+    "--device",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="a device of the kernel's own, such as /dev/nsm, in the place of the shim; for root, needs CUSE",
+)
+@click.option("--no-instance-tags", is_flag=True, help="tags are not in the metadata, as by default in EC2")
+@click.option(
+    "--vsock",
+    is_flag=True,
+    help="the parent's services on vsock: 8000 KMS, 8001 S3, 8002 metadata, 8003 status lines, shown on stderr",
+)
 def serve(**options: Any) -> None:
     """Start both and stay; prints the environment that leads a command to them, as shell commands.
 
@@ -100,11 +115,16 @@ def serve(**options: Any) -> None:
     """
     ending = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the threads start, which inherit it
-    with _world(**options) as world:
+    with _world(**options, on_status=_show) as world:
         for line in [*_exports(world.environment(os.environ)), *_container(world, world.environment({}))]:
             click.echo(line)
         sys.stdout.flush()
         signal.sigwait(ending)
+
+
+def _show(line: str) -> None:
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
 
 
 @cli.command()
@@ -118,13 +138,18 @@ def faults() -> None:
 
 
 @contextlib.contextmanager
-def _world(*, pcrs: Sequence[str], key_policy: str | None, **options: Any) -> Iterator[Any]:
+def _world(
+    *, pcrs: Sequence[str], key_policy: str | None, tags: Sequence[str], no_instance_tags: bool = False, **options: Any
+) -> Iterator[Any]:
     from nitrosim.device import SimulatorError
     from nitrosim.world import World
     from nsm.policy import PolicyError
 
     with contextlib.ExitStack() as stack:
         try:
+            options["tags"] = dict(map(_tag, tags)) if tags or no_instance_tags else None
+            if no_instance_tags:  # there, but the metadata has none of them
+                options["tags"].clear()
             world = stack.enter_context(World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options))
         except (ValueError, PolicyError) as error:
             raise click.UsageError(str(error)) from error
@@ -138,6 +163,13 @@ def _pcr(text: str) -> tuple[int, bytes]:
     if not (number.isascii() and number.isdigit() and equals):
         raise ValueError(f"--pcr wants N=HEX, got {text}")
     return int(number), bytes.fromhex(value)
+
+
+def _tag(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--tag wants NAME=VALUE, got {text}")
+    return key, value
 
 
 def _read(path: str | None) -> str | None:
@@ -183,13 +215,20 @@ def _exports(environment: dict[str, str]) -> list[str]:
 
 def _container(world: Any, environment: dict[str, str]) -> list[str]:
     """Comments that say what a container needs to be in this world: its files, its network, its variables."""
-    folders = sorted({str(world.folder), *(str(Path(environment[name]).parent) for name in _PATHS)})
-    volumes = " ".join(f"--volume {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
-    variables = " ".join(f"--env {name}" for name in sorted(environment))
+    paths = {str(Path(environment[name]).parent) for name in _PATHS if name in environment}
+    folders = sorted({str(world.folder), *paths})
+    volumes = "".join(f" --volume {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
+    device = f" --device {shlex.quote(_mapping(world.device))}" if world.device else ""
+    variables = "".join(f" --env {name}" for name in sorted(environment))
     return [
-        "# a container of an image with glibc is in this world with:",
-        f"#   podman run --network host {volumes} {variables} IMAGE",
+        f"# a container of {'any image' if world.device else 'an image with glibc'} is in this world with:",
+        f"#   podman run --network host{device}{volumes}{variables} IMAGE",
     ]
+
+
+def _mapping(device: Path) -> str:
+    """A device as a container gets it: at /dev/nsm, whatever it is called here."""
+    return str(device) if device == Path(_DEVICE) else f"{device}:{_DEVICE}"
 
 
 def main() -> NoReturn:

@@ -70,12 +70,13 @@ def default_pcrs(module_id: str = DEFAULT_MODULE_ID, role_arn: str = DEFAULT_ROL
     for index, label in enumerate((b"nitrosim image", b"nitrosim kernel", b"nitrosim application")):
         values[index] = hashlib.sha384(label).digest()
     values[3] = extended(ZERO_PCR, role_arn.encode())
-    values[4] = extended(ZERO_PCR, _instance(module_id).encode())
+    values[4] = extended(ZERO_PCR, instance_of(module_id).encode())
     values[8] = extended(ZERO_PCR, hashlib.sha384(b"nitrosim signing certificate").digest())
     return values
 
 
-def _instance(module_id: str) -> str:
+def instance_of(module_id: str) -> str:
+    """The id of the parent instance, which the module's own begins with."""
     return module_id.partition("-enc")[0]
 
 

@@ -1,7 +1,9 @@
 """Objects over https: as much of S3 as a client needs to put and get them, for any request that is no KMS call.
 
-Paths are /BUCKET/KEY. Requests are not authenticated: what attestor fetches is either encrypted or has a known digest,
-and a hostile parent could serve anything anyway. One bucket is special: "forbidden" answers 403.
+Paths are /BUCKET/KEY, or /KEY where the bucket is in the host's name, BUCKET.s3.REGION.SUFFIX. Requests are not
+authenticated: what attestor fetches is either encrypted or has a known digest,
+fetches is either encrypted or has a known digest, and a hostile parent could serve anything anyway. One bucket is
+special: "forbidden" answers 403.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ObjectStore:
         return self._respond(Request(environ))(environ, start_response)
 
     def _respond(self, request: Request) -> Response:
-        name = request.path.lstrip("/")
+        bucket, in_host, _ = request.host.partition(".s3.")
+        name = (f"{bucket}/" if in_host else "") + request.path.lstrip("/")
         if name.startswith(f"{FORBIDDEN}/"):
             return _error(403, "AccessDenied", "Access Denied")
         if request.method == "PUT":

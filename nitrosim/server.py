@@ -1,4 +1,4 @@
-"""HTTPS for a WSGI application on the loopback: HTTP/1.1, kept alive, a thread for each connection.
+"""HTTPS, and HTTP, for a WSGI application on the loopback: HTTP/1.1, kept alive, a thread for each connection.
 
 Not werkzeug's development server: that one shakes hands in the accepting thread, where one silent client blocks all
 others, and closes the connection after each response.
@@ -52,23 +52,18 @@ class Silence(Exception):  # noqa: N818 - no error: the application's wish
     """Raised by a WSGI application: do not answer, and keep the connection until the client goes."""
 
 
-class HttpsServer:
-    """A WSGI application behind TLS on 127.0.0.1 and a free port; a context manager that starts and stops it.
+class HttpServer:
+    """A WSGI application on 127.0.0.1 and a free port; a context manager that starts and stops it.
 
-    `ca_pem` is the CA that a client must trust; with the fault "tls-other-ca" it is one that did not sign the
-    server's certificate. Leaving the context ends every connection and waits for none.
+    Leaving the context ends every connection and waits for none.
     """
 
-    def __init__(
-        self, application: WSGIApplication, *, region: str = "eu-west-1", fault: str | None = None, port: int = 0
-    ) -> None:
-        if fault is not None and fault not in FAULTS:
-            raise ValueError(f"{fault!r} is no TLS fault, expected one of {', '.join(FAULTS)}")
-        pki = _pki(region, fault)
-        self.ca_pem = _pki(region, None).ca_pem if fault == "tls-other-ca" else pki.ca_pem
-        context = None if fault == "tls-plain" else _context(pki, old=fault == "tls-old")
-        self._server = _Server(("127.0.0.1", port), application, context)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+    def __init__(self, application: WSGIApplication, *, port: int = 0) -> None:
+        self._start(_Server(("127.0.0.1", port), application))
+
+    def _start(self, server: _Server) -> None:
+        self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
 
     @property
     def port(self) -> int:
@@ -77,8 +72,8 @@ class HttpsServer:
 
     @property
     def url(self) -> str:
-        """The endpoint, by a name that is in the certificate."""
-        return f"https://localhost:{self.port}"
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def connections(self) -> int:
@@ -97,13 +92,36 @@ class HttpsServer:
         self._thread.join()
 
 
+class HttpsServer(HttpServer):
+    """The same behind TLS.
+
+    `ca_pem` is the CA that a client must trust; with the fault "tls-other-ca" it is one that did not sign the
+    server's certificate.
+    """
+
+    def __init__(
+        self, application: WSGIApplication, *, region: str = "eu-west-1", fault: str | None = None, port: int = 0
+    ) -> None:
+        if fault is not None and fault not in FAULTS:
+            raise ValueError(f"{fault!r} is no TLS fault, expected one of {', '.join(FAULTS)}")
+        pki = _pki(region, fault)
+        self.ca_pem = _pki(region, None).ca_pem if fault == "tls-other-ca" else pki.ca_pem
+        context = None if fault == "tls-plain" else _context(pki, old=fault == "tls-old")
+        self._start(_TlsServer(("127.0.0.1", port), application, context))
+
+    @property
+    def url(self) -> str:
+        """The endpoint, by a name that is in the certificate."""
+        return f"https://localhost:{self.port}"
+
+
 def _pki(region: str, fault: str | None) -> TlsPki:
     now = datetime.now(UTC)
     if fault == "tls-wrong-name":
         return TlsPki.generate(now=now, names=["kms.nitrosim.invalid"])
     suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-    names = [f"kms.{region}.{suffix}", f"kms-fips.{region}.{suffix}", "localhost"]
-    return TlsPki.generate(now=now, names=names, ips=["127.0.0.1"], expired=fault == "tls-expired")
+    hosts = [f"{service}.{region}.{suffix}" for service in ("kms", "kms-fips", "s3", "*.s3")]
+    return TlsPki.generate(now=now, names=[*hosts, "localhost"], ips=["127.0.0.1"], expired=fault == "tls-expired")
 
 
 def _context(pki: TlsPki, *, old: bool) -> ssl.SSLContext:
@@ -128,9 +146,8 @@ class _Server(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], application: WSGIApplication, context: ssl.SSLContext | None) -> None:
+    def __init__(self, address: tuple[str, int], application: WSGIApplication) -> None:
         self.application = application
-        self._context = context
         self._open: set[socket.socket] = set()
         self.connections = 0
         self._lock = threading.Lock()
@@ -142,16 +159,15 @@ class _Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = "localhost", int(self.server_address[1])
 
     def finish_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
-        """Serve one connection, handshake included; runs in the connection's own thread."""
+        """Serve one connection, in its own thread."""
         if not isinstance(request, socket.socket):
             raise TypeError("not a stream socket")
         request.settimeout(_PATIENCE)
-        if self._context is None:
-            _speak_plainly(request)
-            return
-        connection = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        with connection, self._tracked(connection):
-            connection.do_handshake()
+        self.serve(request, client_address)
+
+    def serve(self, connection: socket.socket, client_address: Any) -> None:
+        """Serve what is said on a connection."""
+        with self._tracked(connection):
             super().finish_request(connection, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -178,6 +194,26 @@ class _Server(http.server.ThreadingHTTPServer):
         finally:
             with self._lock:
                 self._open.discard(connection)
+
+
+class _TlsServer(_Server):
+    """Shakes hands first; without a context it says in plain text that it cannot."""
+
+    def __init__(self, address: tuple[str, int], application: WSGIApplication, context: ssl.SSLContext | None) -> None:
+        self._context = context
+        super().__init__(address, application)
+
+    def serve(self, connection: socket.socket, client_address: Any) -> None:
+        """The same within TLS."""
+        if self._context is None:
+            _speak_plainly(connection)
+            return
+        with (
+            self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as inner,
+            self._tracked(inner),
+        ):
+            inner.do_handshake()
+            socketserver.BaseServer.finish_request(self, inner, client_address)
 
 
 def _speak_plainly(connection: socket.socket) -> None:

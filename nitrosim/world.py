@@ -12,14 +12,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nitrosim import kms, module, objects, server
+from nitrosim import kms, metadata, module, objects, server
 from nitrosim.device import SimulatedDevice
 from nitrosim.pki import NsmPki
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self
+
+    from nitrosim.cuse import CuseDevice
+    from nitrosim.parent import Parent
 
 FAULTS: Final[Mapping[str, str]] = {**module.FAULTS, **kms.FAULTS, **server.FAULTS}
 """Everything that can be made to go wrong, with what it does: in the NSM, in KMS and in TLS."""
@@ -27,6 +30,7 @@ FAULTS: Final[Mapping[str, str]] = {**module.FAULTS, **kms.FAULTS, **server.FAUL
 # Whatever of the host could lead a command out of this world: AWS_* all of it, and these
 _LEFT_BEHIND: Final = ("NSM_LIBRARY", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 _PROXIES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+_METADATA: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _CA_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -35,8 +39,12 @@ class World:
 
     `faults` are names of FAULTS, at most one of each layer. `pcrs` and `debug` change the enclave, never what the
     policy of alias/nitrosim asks for; `key_policy` replaces that policy. `clock_skew` is how many seconds the clock of
-    KMS is ahead. Raises ValueError for what cannot be, and `nitrosim.device.SimulatorError` when this machine lacks
-    something.
+    KMS is ahead. `device` is the path of a real device in the place of the shim, for root where the kernel has CUSE.
+    `tags` are those of the instance; None leaves them disabled. With `vsock` the services of the parent are on its
+    vsock ports; status lines that come there go into `status_lines`, and to `on_status`.
+
+    The metadata service runs when one of these three asks for it. Raises ValueError for what cannot be, and
+    `nitrosim.device.SimulatorError` when this machine lacks something.
     """
 
     def __init__(
@@ -50,6 +58,10 @@ class World:
         faults: Iterable[str] = (),
         clock_skew: float = 0,
         port: int = 0,
+        device: Path | None = None,
+        tags: Mapping[str, str] | None = None,
+        vsock: bool = False,
+        on_status: Callable[[str], object] | None = None,
     ) -> None:
         chosen = _by_layer(faults)
         pki = NsmPki.generate(now=datetime.now(UTC), region=kms.REGION, module_id=module.DEFAULT_MODULE_ID)
@@ -65,7 +77,14 @@ class World:
         role = {3: module.extended(module.ZERO_PCR, kms.role_of(self.kms.principal).encode())}
         self.module = module.SoftwareNsm(pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=chosen.get("nsm"))
         self.store = objects.ObjectStore(self.kms)
+        self.status_lines: list[str] = []
+        self.device = device
+        self._vsock = vsock
+        self._on_status = on_status
+        instance = _instance(self.kms, tags)
         self._server = server.HttpsServer(self.store, region=kms.REGION, fault=chosen.get("tls"), port=port)
+        wanted = vsock or device is not None or tags is not None
+        self._metadata = server.HttpServer(instance) if wanted else None
         self._root_der = pki.root_der
 
     @property
@@ -83,6 +102,11 @@ class World:
         """How many TLS connections were opened so far."""
         return self._server.connections
 
+    @property
+    def metadata_url(self) -> str | None:
+        """The endpoint of the metadata service, if it runs."""
+        return self._metadata.url if self._metadata else None
+
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The variables of a command in this world: nothing of the host's AWS set-up or proxies is left in them."""
         kept = {name: value for name, value in base.items() if not name.startswith("AWS_")}
@@ -97,14 +121,15 @@ class World:
                 "AWS_ENDPOINT_URL_KMS": self.url,
                 "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self._server.port}",  # a number: buckets stay in the path
                 "AWS_CA_BUNDLE": ca,
+                "SSL_CERT_FILE": ca,  # of servers that are not AWS's
                 "AWS_ACCESS_KEY_ID": self.kms.credentials.access_key,
                 "AWS_SECRET_ACCESS_KEY": self.kms.credentials.secret_key,
                 "AWS_SESSION_TOKEN": self.kms.credentials.token,
                 "AWS_CONFIG_FILE": str(self.folder / "no-config"),
                 "AWS_SHARED_CREDENTIALS_FILE": str(self.folder / "no-credentials"),
-                "AWS_EC2_METADATA_DISABLED": "true",
                 "NITROSIM_NSM_ROOT": str(self.folder / "nsm-root.der"),
             }
+            | ({_METADATA: self._metadata.url} if self._metadata else {"AWS_EC2_METADATA_DISABLED": "true"})
         )
 
     def __enter__(self) -> Self:
@@ -112,8 +137,13 @@ class World:
             self.folder = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="nitrosim-")))
             (self.folder / "ca.pem").write_bytes(self._server.ca_pem)
             (self.folder / "nsm-root.der").write_bytes(self._root_der)
-            self._device = parts.enter_context(SimulatedDevice(self.module))
             parts.enter_context(self._server)
+            if self._metadata:
+                parts.enter_context(self._metadata)
+            self._device = self._new_device()
+            parts.enter_context(self._device)
+            if self._metadata and self._vsock:
+                parts.enter_context(self._parent(self._metadata.port))
             self._parts = parts.pop_all()
         return self
 
@@ -121,6 +151,34 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._parts.close()
+
+    def _new_device(self) -> SimulatedDevice | CuseDevice:
+        if self.device is None:
+            return SimulatedDevice(self.module)
+        from nitrosim.cuse import CuseDevice
+
+        return CuseDevice(self.module, self.device)
+
+    def _parent(self, metadata_port: int) -> Parent:
+        from nitrosim.parent import Parent, Ports, listeners
+
+        return Parent(listeners(Ports(), kms=self.port, metadata=metadata_port, tell=self._take_status))
+
+    def _take_status(self, line: str) -> None:
+        self.status_lines.append(line)
+        if self._on_status:
+            self._on_status(line)
+
+
+def _instance(attested: kms.AttestedKms, tags: Mapping[str, str] | None) -> metadata.MetadataService:
+    """The metadata of the instance that the enclave runs on, with the role that it calls KMS with."""
+    return metadata.MetadataService(
+        instance_id=module.instance_of(module.DEFAULT_MODULE_ID),
+        region=kms.REGION,
+        role=kms.role_of(attested.principal).rpartition("/")[2],
+        credentials=attested.credentials,
+        tags=tags,
+    )
 
 
 def _by_layer(faults: Iterable[str]) -> dict[str, str]:
