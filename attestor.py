@@ -174,7 +174,7 @@ class Interrupted(BaseException):
 # ------------------------------------------------------------------------------ the envelope (RFC 5652, X.690)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, the thirty of an envelope would cost a quarter of its parsing
 class _Element:
     """One BER element: its identifier octet and either its contents or, when constructed, its children."""
 
@@ -1576,9 +1576,9 @@ def connect(
 ) -> Kms:
     """KMS as the options name it; the metadata service is asked for the region only if nothing else says it."""
     if imds_vsock and not (region or _ARN.fullmatch(key_id or "") or os.environ.keys() & _REGION_VARIABLES):
-        from injection.vsock import metadata_region
+        from injection.metadata import region as region_of
 
-        region = metadata_region(imds_vsock)
+        region = region_of(imds_vsock)
     return Kms(resolve_region(region, key_id, os.environ), endpoint_url, timeout, vsock, imds_vsock, ca_bundle)
 
 
@@ -2140,9 +2140,16 @@ def _print_schema(context: click.Context, _option: click.Parameter, asked: bool)
 @click.option("--schema", is_flag=True, is_eager=True, callback=_print_schema, expose_value=False,
     help="print the JSON schema of a manifest and exit")  # fmt: skip
 @_FORCE
+@_options(_VSOCK_OPTIONS)
+@click.option("--s3-vsock", metavar="CID:PORT", callback=_vsock, help="reach S3 so")
 @_options(_MODULE_OPTIONS)
 def inject(
-    manifest: str, program: tuple[str, ...], settings: tuple[str, ...], receipt: str | None, force: bool
+    manifest: str,
+    program: tuple[str, ...],
+    settings: tuple[str, ...],
+    receipt: str | None,
+    force: bool,
+    **addresses: tuple[int, int] | None,
 ) -> None:
     """Put every secret and file of a manifest in its place, then become PROGRAM.
 
@@ -2152,11 +2159,11 @@ def inject(
 
     Nothing is placed unless everything opened; a failure takes back what this run placed. PROGRAM replaces this
     process: its exit status and signals are its own, 127 if there is no such program, 126 if it cannot be executed.
-    The README describes the manifest.
+    The README describes the manifest; its own vsock addresses give way to those of the options.
     """
     from injection.run import inject as run
 
-    run(manifest, program, settings=_settings(settings), receipt=receipt, force=force)
+    run(manifest, program, settings=_settings(settings), receipt=receipt, force=force, addresses=addresses)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -2169,6 +2176,30 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set names {name} twice")
         values[name] = value
     return values
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--imds-vsock", metavar="CID:PORT", callback=_vsock, help="reach the instance metadata service so")
+@click.option("--timeout", metavar="SECONDS", default="10", callback=_seconds,
+    help="for everything, retries included  [default: 10]")  # fmt: skip
+def metadata(path: str, imds_vsock: tuple[int, int] | None, timeout: float) -> None:
+    """Print one value of the instance metadata service (version 2).
+
+    \b
+    Examples:
+      attestor metadata placement/region
+      attestor metadata --imds-vsock 3:8002 tags/instance/mpa-node
+
+    PATH is below latest/meta-data/; credentials are never printed. The value is the parent's claim. Without vsock the
+    service is at AWS_EC2_METADATA_SERVICE_ENDPOINT or http://169.254.169.254.
+
+    Exit status: 0 done, 2 usage, 4 no such value, 5 try again.
+    """
+    from injection.metadata import fetch
+
+    value = fetch(path, imds_vsock, timeout)
+    _print({}, lambda _: value, as_json=False)
 
 
 def main() -> NoReturn:

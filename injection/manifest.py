@@ -15,10 +15,11 @@ import pwd
 import re
 import tomllib
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from attestor import InputError, is_pinned, parse_endpoint, parse_key_id
-from injection.vsock import Address, metadata_tag, parse_address
+from injection.vsock import Address, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,6 +70,7 @@ class Manifest:
     key_id: str | None
     endpoint_url: str | None
     ca_bundle: str | None
+    https_ca_bundle: str | None
     vsock: Address | None
     imds_vsock: Address | None
     s3_vsock: Address | None
@@ -141,6 +143,7 @@ _TOP: Final[Mapping[str, _Field]] = {
     "any_key": _FLAG,
     "endpoint_url": _STRING,
     "ca_bundle": _STRING,
+    "https_ca_bundle": _STRING,
     "vsock": _STRING,
     "imds_vsock": _STRING,
     "s3_vsock": _STRING,
@@ -153,18 +156,24 @@ _TOP: Final[Mapping[str, _Field]] = {
 }
 
 
-def parse(text: bytes, given: Mapping[str, str], environment: Mapping[str, str]) -> Manifest:
+def parse(
+    text: bytes,
+    given: Mapping[str, str],
+    environment: Mapping[str, str],
+    addresses: Mapping[str, Address | None] = MappingProxyType({}),
+) -> Manifest:
     """The manifest in a TOML document; `given` are the values of --set, which come before the environment's.
 
-    Raises InputError. Only with a variable that has a `tag` and no other value is the metadata service asked.
+    `addresses` of the keys vsock, imds_vsock and s3_vsock win over its own. Raises InputError. Only with a variable
+    that has a `tag` and no other value is the metadata service asked, over TCP where there is no imds_vsock.
     """
     try:
         table = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"manifest is not TOML: {error}") from error
     _check_table(table, _TOP, "manifest")
-    imds_vsock = _address(table, "imds_vsock")
-    variables = _Variables(table.get("variables", {}), given, environment, imds_vsock)
+    ways = {name: addresses.get(name) or _address(table, name) for name in ("vsock", "imds_vsock", "s3_vsock")}
+    variables = _Variables(table.get("variables", {}), given, environment, ways["imds_vsock"])
     entries = [_secret(number, one, table, variables) for number, one in enumerate(table.get("secret", []), 1)]
     entries += [_file(number, one, variables) for number, one in enumerate(table.get("file", []), 1)]
     _check_entries(entries)
@@ -174,9 +183,8 @@ def parse(text: bytes, given: Mapping[str, str], environment: Mapping[str, str])
         key_id=parse_key_id(table.get("key_id"), "key_id"),
         endpoint_url=parse_endpoint(table.get("endpoint_url"), "endpoint_url"),
         ca_bundle=table.get("ca_bundle"),
-        vsock=_address(table, "vsock"),
-        imds_vsock=imds_vsock,
-        s3_vsock=_address(table, "s3_vsock"),
+        https_ca_bundle=table.get("https_ca_bundle"),
+        **ways,
         timeout=float(table.get("timeout", 60)),
         concurrency=table.get("concurrency", CONCURRENCY),
         pass_credentials=table.get("pass_credentials", False),
@@ -213,6 +221,8 @@ class _Variables:
         for name in given:
             if name not in declared:
                 raise InputError(f"--set {name}: the manifest declares no such variable", *_nearest(name, declared))
+        from injection.metadata import tag as instance_tag
+
         self._values: dict[str, str | None] = {}
         for name, declaration in declared.items():
             if not _NAME.fullmatch(name):
@@ -220,7 +230,7 @@ class _Variables:
             pattern, tag = _declaration(name, declaration)
             value = given.get(name, environment.get(name))
             if value is None and tag is not None:
-                value = _tag(name, tag, imds_vsock)
+                value = instance_tag(tag, imds_vsock)
             self._values[name] = value
             if value is not None and not _matches(pattern, value, name):
                 raise InputError(f"value of variable {name} does not match {pattern}")
@@ -251,12 +261,6 @@ def _declaration(name: str, declaration: Any) -> tuple[str, str | None]:
         raise InputError(f"variables: {name} must be a pattern, or a table with pattern and tag")
     _check_table(declaration, _VARIABLE, f"variables: {name}")
     return declaration.get("pattern", DEFAULT_PATTERN), declaration.get("tag")
-
-
-def _tag(name: str, tag: str, imds_vsock: Address | None) -> str:
-    if imds_vsock is None:
-        raise InputError(f"variable {name} is an instance tag, and the manifest has no imds_vsock to ask for it")
-    return metadata_tag(imds_vsock, tag)
 
 
 def _matches(pattern: str, value: str, name: str) -> bool:

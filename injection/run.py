@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from attestor import SecretFile
+    from injection.vsock import Address
 
 _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
@@ -69,16 +70,23 @@ class _Outcome:
 
 
 def inject(
-    manifest_file: str, program: Sequence[str], *, settings: Mapping[str, str], receipt: str | None, force: bool
+    manifest_file: str,
+    program: Sequence[str],
+    *,
+    settings: Mapping[str, str],
+    receipt: str | None,
+    force: bool,
+    addresses: Mapping[str, Address | None],
 ) -> None:
     """Place everything of a manifest, then become the program if there is one.
 
-    Raises an AttestorError, and then nothing that this run placed is left; ProgramError for the program itself.
+    `addresses` of vsock, imds_vsock and s3_vsock win over the manifest's. Raises an AttestorError, and then nothing
+    that this run placed is left; ProgramError for the program itself.
     """
     text = read_bounded(manifest_file, MANIFEST_MAX + 1, f"manifest {manifest_file}")
     if len(text) > MANIFEST_MAX:
         raise InputError(f"manifest {manifest_file} is longer than {MANIFEST_MAX} bytes")
-    manifest = parse(text, settings, os.environ)
+    manifest = parse(text, settings, os.environ, addresses)
     if manifest_file == "-" and any(entry.source == "-" for entry in manifest.entries):
         raise InputError("standard input is the manifest, and a source in it")
     if receipt is not None and os.path.realpath(receipt) in {os.path.realpath(one.target) for one in manifest.entries}:
@@ -119,7 +127,12 @@ class _Injector:
         self._session = botocore.session.Session()
         self._client = within(kms.timeout, self._made_client(kms))
         self._sources = Sources(
-            self._session, kms.region, manifest.ca_bundle, manifest.s3_vsock, size=manifest.concurrency
+            self._session,
+            kms.region,
+            manifest.ca_bundle,
+            manifest.https_ca_bundle,
+            manifest.s3_vsock,
+            size=manifest.concurrency,
         )
         self._progress = _Progress(len(manifest.entries))
 

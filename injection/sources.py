@@ -44,14 +44,26 @@ class Stream:
 
 
 class Sources:
-    """Opens sources; clients and connections are made once and kept. Thread-safe."""
+    """Opens sources; clients and connections are made once and kept. Thread-safe.
 
-    def __init__(self, session: Any, region: str, ca_bundle: str | None, s3_vsock: Address | None, size: int) -> None:
-        self._session, self._region, self._ca_bundle, self._s3_vsock = session, region, ca_bundle, s3_vsock
+    `ca_bundle` is for hosts of AWS, `https_ca_bundle` for all others; None leaves it to the environment.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        region: str,
+        ca_bundle: str | None,
+        https_ca_bundle: str | None,
+        s3_vsock: Address | None,
+        size: int,
+    ) -> None:
+        self._session, self._region, self._s3_vsock = session, region, s3_vsock
+        self._ca_bundle, self._https_ca_bundle = ca_bundle, https_ca_bundle
         self._connections = size
         self._lock = threading.Lock()
         self._client: Any = None
-        self._pool: Any = None
+        self._pools: dict[bool, Any] = {}  # for hosts of AWS, for others
 
     @contextlib.contextmanager
     def open(self, source: str, limit: int) -> Iterator[Stream]:
@@ -99,7 +111,7 @@ class Sources:
     def _get(self, url: str) -> Iterator[Any]:
         """The body of an https answer with status 200; redirects lead to https only."""
         for _ in range(_REDIRECTS_MAX + 1):
-            answer = self._https().request(
+            answer = self._pool(urlsplit(url).hostname or "").request(
                 "GET", url, preload_content=False, redirect=False, headers={"Accept-Encoding": "identity"}
             )
             with contextlib.closing(answer):
@@ -111,21 +123,43 @@ class Sources:
                     raise NotAuthenticError(f"it redirects to {url}, which is not https")
         raise InputError(f"it redirects more than {_REDIRECTS_MAX} times")
 
-    def _https(self) -> Any:
+    def _pool(self, host: str) -> Any:
+        """Connections whose other end is verified as a host of AWS, or as any other."""
         import urllib3
-        from botocore.httpsession import get_cert_path
 
         with self._lock:
-            if self._pool is None:
-                ca_bundle = self._ca_bundle or self._session.get_config_variable("ca_bundle") or get_cert_path(True)
-                self._pool = urllib3.PoolManager(
+            aws = is_of_aws(host, self._session)
+            if aws not in self._pools:
+                self._pools[aws] = urllib3.PoolManager(
                     maxsize=self._connections,
-                    cert_reqs="CERT_REQUIRED",
-                    ca_certs=ca_bundle,
+                    ssl_context=self._trust(aws=aws),
                     timeout=urllib3.Timeout(ATTEMPT_TIMEOUT),
                     retries=urllib3.Retry(connect=2, read=0, redirect=0, status=0, other=0),
                 )
-            return self._pool
+            return self._pools[aws]
+
+    def _trust(self, *, aws: bool) -> Any:
+        """What verifies a server: for AWS the SDK's bundle, for others OpenSSL's: SSL_CERT_FILE or its default."""
+        import ssl
+
+        from botocore.httpsession import get_cert_path
+
+        if aws:
+            bundle = self._ca_bundle or self._session.get_config_variable("ca_bundle") or get_cert_path(True)
+        else:  # a file that is named must be there: OpenSSL by itself would go on without it
+            bundle = self._https_ca_bundle or os.environ.get("SSL_CERT_FILE") or None
+        try:
+            return ssl.create_default_context(cafile=bundle)
+        except OSError as error:
+            raise InputError(f"CA bundle {bundle} cannot be read: {error.strerror or error}") from error
+
+
+def is_of_aws(host: str, session: Any) -> bool:
+    """Whether a host's name ends in a DNS suffix of a partition that the session's data knows."""
+    partitions = session.get_component("data_loader").load_data("partitions")["partitions"]
+    suffixes = {partition["outputs"][name] for partition in partitions for name in ("dnsSuffix", "dualStackDnsSuffix")}
+    labels = host.lower().removesuffix(".").split(".")
+    return any(".".join(labels[start:]) in suffixes for start in range(len(labels)))
 
 
 def _location(answer: Any) -> str:

@@ -10,7 +10,7 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
-from attestor import InputError, RefusedError, UnreachableError
+from attestor import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -91,37 +91,6 @@ def carry_metadata(session: Any, address: Address) -> None:
     resolver = session.get_component("credential_provider")
     resolver.remove(InstanceMetadataProvider.METHOD)
     resolver.providers.append(InstanceMetadataProvider(iam_role_fetcher=fetcher))
-
-
-def metadata_region(address: Address) -> str:
-    """The region that the metadata service names; the parent's claim, as all of it."""
-    return _metadata(address, "latest/meta-data/placement/region")
-
-
-def metadata_tag(address: Address, tag: str) -> str:
-    """An instance tag; the metadata service has them only if the instance's options allow it."""
-    from urllib.parse import quote
-
-    return _metadata(address, f"latest/meta-data/tags/instance/{quote(tag, safe='')}")
-
-
-def _metadata(address: Address, path: str) -> str:
-    from botocore.exceptions import BotoCoreError
-
-    fetcher = _metadata_fetcher(address)
-    try:
-        token = fetcher._fetch_metadata_token()
-        if token is None:
-            raise UnreachableError(f"no token of the metadata service through vsock {address[0]}:{address[1]}")
-        answer = fetcher._get_request(path, lambda response: response.status_code >= 500, token)
-    except fetcher._RETRIES_EXCEEDED_ERROR_CLS as error:
-        raise UnreachableError(f"metadata service does not answer for {path}") from error
-    except BotoCoreError as error:
-        raise UnreachableError(f"metadata service cannot be asked: {error}") from error
-    if answer.status_code != 200:
-        raise RefusedError(f"metadata service answers {answer.status_code} for {path}")
-    text: str = answer.text
-    return text
 
 
 def _metadata_fetcher(address: Address) -> Any:

@@ -13,9 +13,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import botocore.session
 import pytest
 from werkzeug.wrappers import Request, Response
 
+from injection.sources import is_of_aws
 from nitrosim.server import HttpsServer
 from tests.conftest import Run
 
@@ -396,9 +398,8 @@ def server() -> Iterator[HttpsServer]:
 
 
 def trusting(manifest: Manifest, server: HttpsServer) -> dict[str, str | None]:
-    """An environment in which both CAs are good."""
-    bundle = (manifest.enclave.world.folder / "ca.pem").read_bytes() + server.ca_pem
-    return {"AWS_CA_BUNDLE": str(manifest.enclave.folder / manifest.enclave.place(bundle, "both.pem"))}
+    """An environment in which the server's CA is good, for hosts that are not AWS's."""
+    return {"SSL_CERT_FILE": str(manifest.enclave.folder / manifest.enclave.place(server.ca_pem, "web.pem"))}
 
 
 @pytest.mark.parametrize(
@@ -435,6 +436,59 @@ def test_a_redirect_to_https_is_followed(manifest: Manifest, server: HttpsServer
 def test_a_web_server_with_a_certificate_of_nobody(manifest: Manifest, server: HttpsServer) -> None:
     manifest.add("file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True).secret("a")
     refused(manifest, manifest.inject(), 6, "certificate is not valid")
+
+
+def test_the_ca_of_the_manifest_for_web_servers_wins(manifest: Manifest, server: HttpsServer) -> None:
+    trusted = trusting(manifest, server)["SSL_CERT_FILE"]
+    manifest.text += f'https_ca_bundle = "{trusted}"\n'
+    manifest.add("file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True).secret("a")
+    assert manifest.inject(environment={"SSL_CERT_FILE": "/absent"}) == DONE
+
+
+def test_a_ca_bundle_for_web_servers_that_is_not_there(manifest: Manifest, server: HttpsServer) -> None:
+    manifest.add("file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True).secret("a")
+    refused(manifest, manifest.inject(environment={"SSL_CERT_FILE": "/absent"}), 2, "CA bundle /absent cannot be read")
+
+
+RESOLVING: Final = """
+import socket, attestor
+resolve = socket.getaddrinfo
+socket.getaddrinfo = lambda host, port, *rest: resolve("127.0.0.1", port, *rest)
+attestor.main()
+"""
+
+
+@pytest.mark.parametrize(("host", "status"), [("kms.eu-west-1.amazonaws.com", 0), ("localhost", 6)])
+def test_hosts_of_aws_have_roots_of_their_own(manifest: Manifest, server: HttpsServer, host: str, status: int) -> None:
+    enclave = manifest.enclave
+    enclave.world.store.objects["web/app"] = b"x = 1\n"
+    source = f"https://{host}:{enclave.world.port}/web/app"
+    manifest.add("file", source=source, target=f"{manifest.run}/f", unauthenticated=True).secret("a")
+    (enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
+    command = [sys.executable, "-c", RESOLVING, "inject", "m.toml"]
+    assert enclave.run(*command, environment=trusting(manifest, server)).status == status
+
+
+@pytest.mark.parametrize(
+    ("host", "aws"),
+    [
+        ("s3.eu-west-1.amazonaws.com", True),
+        ("bucket.S3.eu-west-1.amazonaws.COM.", True),
+        ("amazonaws.com", True),
+        ("s3.cn-north-1.amazonaws.com.cn", True),
+        ("s3.eusc-de-east-1.amazonaws.eu", True),
+        ("s3.dualstack.eu-west-1.api.aws", True),
+        ("notamazonaws.com", False),
+        ("amazonaws.com.example", False),
+        ("config.example", False),
+        ("127.0.0.1", False),
+        ("::1", False),
+        ("com", False),
+        ("", False),
+    ],
+)
+def test_which_hosts_are_of_aws(host: str, aws: bool) -> None:
+    assert is_of_aws(host, botocore.session.Session()) is aws
 
 
 def test_a_web_server_that_is_not_there(manifest: Manifest) -> None:

@@ -78,6 +78,7 @@ region = "eu-west-1"
 any_key = true
 endpoint_url = "https://kms-fips.eu-west-1.amazonaws.com"
 ca_bundle = "/etc/ca.pem"
+https_ca_bundle = "/etc/web.pem"
 vsock = "3:8000"
 imds_vsock = "3:8001"
 s3_vsock = "3:8002"
@@ -100,6 +101,7 @@ signed = true
     manifest = read(text)
     assert (manifest.vsock, manifest.imds_vsock, manifest.s3_vsock) == ((3, 8000), (3, 8001), (3, 8002))
     assert (manifest.timeout, manifest.concurrency, manifest.pass_credentials) == (30.0, 2, True)
+    assert (manifest.ca_bundle, manifest.https_ca_bundle) == ("/etc/ca.pem", "/etc/web.pem")
     entry = only(manifest)
     assert (entry.mode, entry.owner) == (0o644, (os.getuid(), os.getgid()))
     assert (entry.base64, entry.signed, entry.max_bytes, entry.grant_tokens) == (True, True, 100, ("one",))
@@ -279,12 +281,36 @@ def test_a_value_is_not_expanded_again() -> None:
         ("3", "a pattern, or a table"),
         ('"("', "no regular expression"),
         ("{ patern = 'x' }", "did you mean pattern?"),
-        ("{ tag = 'Node' }", "no imds_vsock"),
+        ("{ tag = 'a key' }", "tags/instance/a key is no path of instance metadata"),
     ],
 )
 def test_a_declaration_that_cannot_be(declaration: str, part: str) -> None:
     given = {} if "tag" in declaration else {"V": "x"}
     refused(with_variable(declaration), part, given=given)
+
+
+def test_a_tag_is_asked_for_where_the_manifest_says_or_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[int, int] | None]] = []
+
+    def tag(name: str, address: tuple[int, int] | None) -> str:
+        asked.append((name, address))
+        return "3"
+
+    monkeypatch.setattr("injection.metadata.tag", tag)
+    text = with_variable("{ tag = 'Node' }")
+    assert only(read(text)).context == {"v": "3"}
+    text = 'imds_vsock = "3:8002"\n' + text
+    assert read(text, {"V": "4"}).imds_vsock == (3, 8002)
+    assert read(text).imds_vsock == (3, 8002)
+    assert parse(text.encode(), {}, {}, {"imds_vsock": (4, 1), "vsock": None}).imds_vsock == (4, 1)
+    assert asked == [("Node", None), ("Node", (3, 8002)), ("Node", (4, 1))]
+
+
+def test_addresses_of_the_caller_win() -> None:
+    given: dict[str, tuple[int, int] | None] = {"vsock": (4, 1), "imds_vsock": None, "s3_vsock": (4, 3)}
+    manifest = parse(('vsock = "3:1"\nimds_vsock = "3:2"\n' + TOP + SECRET).encode(), {}, {}, given)
+    assert (manifest.vsock, manifest.imds_vsock, manifest.s3_vsock) == ((4, 1), (3, 2), (4, 3))
+    assert read(TOP + SECRET).vsock is None
 
 
 def test_two_paths_to_one_target(tmp_path: Path) -> None:

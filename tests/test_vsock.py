@@ -182,6 +182,19 @@ def test_inject_through_vsock_with_s3(enclave: Enclave) -> None:
     assert (enclave.folder / "out").read_bytes() == b"the secret"
 
 
+def test_addresses_of_the_command_line_win(enclave: Enclave) -> None:
+    enclave.world.store.objects["bucket/key"] = enclave.encrypt(node="3")
+    (enclave.folder / "m.toml").write_text(
+        f'region = "eu-west-1"\nkey_id = "{enclave.world.kms.key_arn}"\nvsock = "3:1"\n'
+        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = {{node = "3"}}\n',
+        encoding="utf-8",
+    )
+    ways = [f"--{name}=3:{enclave.world.port}" for name in ("vsock", "s3-vsock")]
+    elsewhere: dict[str, str | None] = {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
+    assert attestor(enclave, "inject", *ways, "m.toml", environment=elsewhere) == Run(0, b"", "")
+    assert (enclave.folder / "out").read_bytes() == b"the secret"
+
+
 @pytest.mark.parametrize("command", [["decrypt", "--any-key", "blob", "out"], ["generate-random", "1", "out"]])
 def test_nobody_listens(enclave: Enclave, command: list[str]) -> None:
     enclave.place(enclave.encrypt())
@@ -312,7 +325,7 @@ def test_a_tag_of_the_instance_as_a_variable(enclave: Enclave, metadata: Service
     assert attestor(enclave, "inject", "-f", "m.toml", environment=BARE).status == 2
     del metadata.content["tags/instance/node"]
     run = attestor(enclave, "inject", "-f", "m.toml", environment=BARE)
-    assert (run.status, run.error) == (4, "metadata service answers 404 for latest/meta-data/tags/instance/node")
+    assert (run.status, run.error) == (4, "the instance has no tag node, or tags are not enabled in instance metadata")
     assert (enclave.folder / "out").read_bytes() == b"the secret"
 
 
@@ -340,7 +353,7 @@ def test_a_metadata_service_that_is_not_there(enclave: Enclave) -> None:
     enclave.place(enclave.encrypt())
     way = ["--vsock", f"3:{enclave.world.port}", "--imds-vsock", "3:1"]
     run = attestor(enclave, "decrypt", "--any-key", *way, "blob", "out", environment=BARE)
-    assert (run.status, run.error) == (5, "no token of the metadata service through vsock 3:1")
+    assert (run.status, run.error) == (5, "metadata service at vsock 3:1 cannot be reached: Connection refused")
     run = attestor(enclave, "decrypt", "--any-key", "--region", "eu-west-1", *way, "blob", "out", environment=BARE)
     assert run.status == 5
     assert "Error retrieving metadata" in run.error
