@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench libnsm lock clean
+.PHONY: help demo test coverage lint bench libnsm image vm-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -16,6 +16,8 @@ help:
 	@echo 'make lint    ruff, mypy --strict and, where it is installed, shellcheck'
 	@echo 'make bench   compare with a plain boto3 script'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
+	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
+	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
 	@echo 'make lock    renew requirements/ (needs uv)'
 	@echo 'make clean   remove what was built'
 
@@ -35,10 +37,12 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(SCRIPTS); \
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck --external-sources $(SCRIPTS); \
 	else echo 'shellcheck is not installed: scripts are not checked'; fi
 
-SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm
+SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/vm/run tests/vm/init tests/vm/program \
+	$(addprefix enclave/,assemble build-image buildah.sh entrypoint.sh) \
+	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
 
 bench: $(READY) transport
 	$(BIN)/python -m tests.bench
@@ -52,6 +56,13 @@ transport: $(READY)
 
 libnsm:
 	patches/build-libnsm
+
+# Debian, root, buildah and debootstrap; the virtual machine wants qemu as well. Both say what is missing.
+image:
+	enclave/build-image
+
+vm-test:
+	tests/vm/run
 
 lock:
 	@for lock in run: esdk:esdk sim:sim dev:sim,esdk,dev; do \

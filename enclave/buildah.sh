@@ -1,0 +1,77 @@
+# shellcheck shell=bash
+# What the scripts that build images share: buildah without a daemon, storage of our own, a base that debootstrap makes.
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=$top/.cache/image
+export SOURCE_DATE_EPOCH=0
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+need_tools() {
+    local tool missing=()
+    for tool in buildah debootstrap; do
+        command -v "$tool" >/dev/null || missing+=("$tool")
+    done
+    ((${#missing[@]} == 0)) || fail "missing: ${missing[*]} (on Debian: apt-get install ${missing[*]})"
+    ((EUID == 0)) || fail "buildah's chroot isolation and debootstrap want root: run this with sudo"
+    mkdir -p "$cache"
+    choose_driver
+}
+
+# Storage that is ours alone. vfs needs nothing of the kernel, but copies a whole root for each step.
+buildah() {
+    command buildah --root "$cache/$driver" --runroot "$cache/run" --storage-driver "$driver" "$@"
+}
+
+choose_driver() {
+    local try
+    try=$(mktemp -d "$cache/try.XXXXXX")
+    mkdir "$try/lower" "$try/upper" "$try/work" "$try/root"
+    driver=vfs
+    if mount -t overlay overlay -o "lowerdir=$try/lower,upperdir=$try/upper,workdir=$try/work" "$try/root" 2>/dev/null; then
+        driver=overlay
+        umount "$try/root"
+    fi
+    rm -rf "$try"
+}
+
+# The smallest Debian 13, from Debian's archive through debootstrap, which verifies its signature.
+make_base() { # NAME
+    ! buildah inspect "$1" >/dev/null 2>&1 || return 0
+    local tree
+    tree=$(mktemp -d "$cache/base.XXXXXX")
+    debootstrap --variant=minbase trixie "$tree" >"$cache/debootstrap.log" ||
+        fail "debootstrap failed: see $cache/debootstrap.log"
+    rm -rf "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/*
+    local container
+    container=$(buildah from scratch)
+    buildah add --quiet "$container" "$tree" / >/dev/null
+    buildah commit --quiet --rm "$container" "$1" >/dev/null
+    rm -rf "$tree"
+}
+
+# Steps that were done before are not done again; --no-cache among the arguments does all of them.
+build() { # TAG ARGUMENT...
+    local tag=$1 ca=${ATTESTOR_BUILD_CA:-/etc/ssl/certs/ca-certificates.crt} secret=()
+    shift
+    [[ ! -e $ca ]] || secret=(--secret "id=ca,src=$ca")
+    buildah bud --isolation chroot --layers --timestamp 0 --quiet "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
+        tail -n 30 "$cache/$tag.log" >&2
+        fail "image $tag cannot be built: see $cache/$tag.log"
+    }
+}
+
+digest() { # TAG
+    buildah inspect --type image --format '{{.FromImageDigest}}' "$1"
+}
+
+flatten() { # TAG TAR: the root as one archive, the same bytes for the same root
+    local container mounted
+    container=$(buildah from --quiet "$1")
+    mounted=$(buildah mount "$container")
+    tar --sort=name --mtime=@0 --numeric-owner --format=posix --pax-option=delete=atime,delete=ctime -C "$mounted" -cf "$2" .
+    buildah rm "$container" >/dev/null
+}
