@@ -1898,7 +1898,7 @@ def check(file: str, as_json: bool) -> int:
 
     \b
     Example:
-      aws kms get-key-policy --key-id KEY --output text | attestor policy check -
+      aws kms get-key-policy --key-id KEY --query Policy --output text | attestor policy check -
 
     FILE is the policy in JSON; "-" reads standard input. The policy is read as that of a key for attested enclaves
     only. Exit status: 0 nothing found, 4 findings.

@@ -17,6 +17,8 @@ ATTESTOR_SECRETS ATTESTOR_USER ATTESTOR_DEADLINE AWS_REGION"
 REGION='[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}'
 HOST='[A-Za-z0-9][A-Za-z0-9.-]*'
 NUMBER='[1-9][0-9]{0,9}'
+NEWLINE='
+'
 
 # -- configuration
 
@@ -41,7 +43,7 @@ configuration() {
 }
 
 setting() { # NAME VALUE: unless it has a value already, an empty one too
-    env | grep -q "^$1=" || export "$1=$2"
+    eval "[ \"\${$1+set}\" = set ]" || export "$1=$2" # a name of ours, so nothing else is evaluated
 }
 
 settings_of_file() { # never run as a script
@@ -87,7 +89,10 @@ check() { # NAME PATTERN VALUE
 }
 
 matches() { # VALUE PATTERN: all of it, which is one line
-    [ "$(printf '%s' "$1" | wc -l)" -eq 0 ] && printf '%s\n' "$1" | grep -Eqx -e "$2"
+    case $1 in *"$NEWLINE"*) return 1 ;; esac
+    grep -Eqx -e "$2" <<VALUE
+$1
+VALUE
 }
 
 wrong() { # MESSAGE: status 2, which another attempt does not change
@@ -167,6 +172,7 @@ metadata() { # PATH
 }
 
 inject() {
+    [ "$ATTESTOR_NETWORK" != socat ] || credentials_in_reach || return
     set -- --receipt "$work/receipt.json" "$ATTESTOR_MANIFEST"
     [ "$ATTESTOR_NETWORK" != vsock ] || set -- --vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_KMS_PORT" \
         --imds-vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_METADATA_PORT" \
@@ -175,6 +181,11 @@ inject() {
     attestor inject "$@" 2>"$work/messages" || result=$?
     cat "$work/messages" >&2
     return $result
+}
+
+# The SDK takes a metadata service that does not answer for one without credentials, which is no reason to try again.
+credentials_in_reach() {
+    [ -n "${AWS_ACCESS_KEY_ID:-}" ] || metadata instance-id >/dev/null
 }
 
 # -- running and telling

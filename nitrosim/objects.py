@@ -1,9 +1,8 @@
 """Objects over https: as much of S3 as a client needs to put and get them, for any request that is no KMS call.
 
 Paths are /BUCKET/KEY, or /KEY where the bucket is in the host's name, BUCKET.s3.REGION.SUFFIX. Requests are not
-authenticated: what attestor fetches is either encrypted or has a known digest,
-fetches is either encrypted or has a known digest, and a hostile parent could serve anything anyway. One bucket is
-special: "forbidden" answers 403.
+authenticated: what attestor fetches is either encrypted or has a known digest, and a hostile parent could serve
+anything anyway. One bucket is special: "forbidden" answers 403.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ static int checked_copy(void *to, const void *from, size_t size)
 	return done ? 0 : -1;
 }
 
-/* Sends the request and receives the answer; its true length, or -1 with EFAULT or EIO. */
+/* Sends the request and receives the answer; its whole length, or -1 with EFAULT or EIO. */
 static ssize_t exchange(int fd, const struct nsm_raw *raw)
 {
 	ssize_t length;
@@ -216,7 +216,8 @@ static int ask(struct nsm_raw *user)
 	close(fd);
 	if (length < 0)
 		return errno = reason, -1;
-	uint64_t written = (uint64_t)length; /* the true length, although no more than response.len was copied */
+	/* as the driver: the length of what was copied, which does not tell that an answer was cut */
+	uint64_t written = (uint64_t)length < raw.response.len ? (uint64_t)length : raw.response.len;
 	if (checked_copy(&user->response.len, &written, sizeof written) != 0)
 		return -1;
 	errno = saved;
