@@ -38,13 +38,13 @@ choose_driver() {
     rm -rf "$try"
 }
 
-# The smallest Debian 13, from Debian's archive through debootstrap, which verifies its signature.
-make_base() { # NAME
+# The smallest Debian 13, from Debian's archive or the one given, by debootstrap, which checks its signature.
+make_base() { # NAME [URL]
     ! buildah inspect "$1" >/dev/null 2>&1 || return 0
     local tree
     tree=$(mktemp -d "$cache/base.XXXXXX")
-    debootstrap --variant=minbase trixie "$tree" >"$cache/debootstrap.log" ||
-        fail "debootstrap failed: see $cache/debootstrap.log"
+    debootstrap --force-check-gpg --variant=minbase trixie "$tree" "${@:2}" >"$cache/debootstrap.log" 2>&1 ||
+        fail "debootstrap failed (without Debian's keys? package debian-archive-keyring): see $cache/debootstrap.log"
     rm -rf "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/*
     local container
     container=$(buildah from scratch)

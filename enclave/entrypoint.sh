@@ -71,13 +71,14 @@ checked_settings() {
     check ATTESTOR_HOSTS "($HOST=$NUMBER( +|$))*" "$ATTESTOR_HOSTS"
     check ATTESTOR_DNS_SUFFIX "($HOST)?" "$ATTESTOR_DNS_SUFFIX"
     check ATTESTOR_NODE_TAG '[A-Za-z0-9+=.,_:@-]{0,128}' "$ATTESTOR_NODE_TAG"
-    check ATTESTOR_NODE_VARIABLE '[A-Za-z][A-Za-z0-9_]{0,63}' "$ATTESTOR_NODE_VARIABLE"
+    check ATTESTOR_NODE_VARIABLE '[A-Z][A-Z0-9_]{0,63}' "$ATTESTOR_NODE_VARIABLE" # lower case is this script's own
     check ATTESTOR_MANIFEST '/.*' "$ATTESTOR_MANIFEST"
     check ATTESTOR_SECRETS '/.*[^/]' "$ATTESTOR_SECRETS"
     check ATTESTOR_USER '[a-z_][a-z0-9_-]{0,31}' "$ATTESTOR_USER"
     check ATTESTOR_DEADLINE '[0-9]{1,6}' "$ATTESTOR_DEADLINE"
     case $ATTESTOR_NODE_VARIABLE in
-        PATH | HOME | IFS | ENV | LD_* | PYTHON* | AWS_* | ATTESTOR_* | NSM_* | SSL*)
+        PATH | HOME | IFS | ENV | LD_* | PYTHON* | AWS_* | ATTESTOR_* | NSM_* | SSL* | OPENSSL_* | GLIBC_* | *_PROXY | \
+            HOSTALIASES | SETTINGS | REGION | HOST | NUMBER | NEWLINE)
             wrong "ATTESTOR_NODE_VARIABLE $ATTESTOR_NODE_VARIABLE steers programs" ;;
     esac
     [ "$(id -u "$ATTESTOR_USER" 2>/dev/null || echo 0)" != 0 ] ||
@@ -172,7 +173,6 @@ metadata() { # PATH
 }
 
 inject() {
-    [ "$ATTESTOR_NETWORK" != socat ] || credentials_in_reach || return
     set -- --receipt "$work/receipt.json" "$ATTESTOR_MANIFEST"
     [ "$ATTESTOR_NETWORK" != vsock ] || set -- --vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_KMS_PORT" \
         --imds-vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_METADATA_PORT" \
@@ -181,11 +181,6 @@ inject() {
     attestor inject "$@" 2>"$work/messages" || result=$?
     cat "$work/messages" >&2
     return $result
-}
-
-# The SDK takes a metadata service that does not answer for one without credentials, which is no reason to try again.
-credentials_in_reach() {
-    [ -n "${AWS_ACCESS_KEY_ID:-}" ] || metadata instance-id >/dev/null
 }
 
 # -- running and telling
@@ -220,10 +215,11 @@ say() {
 
 # In place of this shell, as a user without privileges and with no credentials in its environment.
 program() {
-    command -v "$1" >/dev/null || {
-        tell program 127 1
-        exit 127
-    }
+    if ! which "$1" >/dev/null; then # not `command -v`, which finds the functions above, and files without the x bit
+        [ -e "$1" ] && status=126 || status=127
+        tell program "$status" 1
+        exit "$status"
+    fi
     tell program 0 1
     rm -rf "$work"
     unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION \
@@ -241,6 +237,7 @@ program() {
 
 # shellcheck disable=SC3045 # both shells that this runs under know -c
 ulimit -c 0 # no core dump of what holds a secret; exec keeps it
+export AWS_EC2_METADATA_V1_DISABLED=true # the SDK then tells a silent metadata service from one without credentials
 configuration
 deadline=$(($(uptime_seconds) + ATTESTOR_DEADLINE))
 # shellcheck disable=SC2174 # only the last folder is meant: owners open their secrets in it, and nobody lists it

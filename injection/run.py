@@ -44,11 +44,13 @@ if TYPE_CHECKING:
 _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
 _LARGE: Final = 8 << 20  # bytes, the same
-_CREDENTIALS: Final = frozenset(
+CREDENTIALS: Final = frozenset(
     "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION "
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_CONTAINER_AUTHORIZATION_TOKEN "
     "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_WEB_IDENTITY_TOKEN_FILE AWS_EC2_METADATA_TOKEN".split()
 )
+"""Variables that a program does not get, unless its manifest says so."""
+
 _TOKENS: Final = "AWS_BEARER_TOKEN_"
 
 
@@ -313,7 +315,7 @@ def _become(executable: str, program: Sequence[str], *, pass_credentials: bool) 
     environment = {
         name: value
         for name, value in os.environ.items()
-        if pass_credentials or not (name in _CREDENTIALS or name.startswith(_TOKENS))
+        if pass_credentials or not (name in CREDENTIALS or name.startswith(_TOKENS))
     }
     for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and execve would keep that
         signal.signal(getattr(signal, name), signal.SIG_DFL)

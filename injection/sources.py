@@ -118,9 +118,7 @@ class Sources:
                 if answer.status == 200:
                     yield answer
                     return
-                url = urljoin(url, _location(answer))
-                if urlsplit(url).scheme != "https":
-                    raise NotAuthenticError(f"it redirects to {url}, which is not https")
+                url = _https_url(url, _location(answer))
         raise InputError(f"it redirects more than {_REDIRECTS_MAX} times")
 
     def _pool(self, host: str) -> Any:
@@ -167,6 +165,18 @@ def _location(answer: Any) -> str:
     if answer.status in {301, 302, 303, 307, 308} and answer.headers.get("Location"):
         return str(answer.headers["Location"])
     raise _refusal(answer.status, f"HTTP status {answer.status}")
+
+
+def _https_url(base: str, location: str) -> str:
+    """Where a redirect leads, which must be https."""
+    try:
+        url = urljoin(base, location)
+        secure = urlsplit(url).scheme == "https" and bool(urlsplit(url).hostname)
+    except ValueError:  # such as a host that begins like an IPv6 address
+        secure, url = False, location
+    if not secure:
+        raise NotAuthenticError(f"it redirects to {url!r}, which is not https")
+    return url
 
 
 def _refusal(status: int, said: str) -> AttestorError:

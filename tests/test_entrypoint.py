@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from werkzeug.wrappers import Response
 
+from injection.run import CREDENTIALS
 from nitrosim.metadata import MetadataService
 from nitrosim.server import HttpServer
 from tests.conftest import ROOT, Run
@@ -294,10 +295,26 @@ def test_a_service_that_comes_later(images: Callable[..., Image]) -> None:
     assert [(line["status"], line["attempt"]) for line in image.told if line["step"] == "region"] == [(5, 1), (0, 2)]
 
 
-def test_a_program_that_is_not_there(images: Callable[..., Image]) -> None:
+@pytest.mark.parametrize("name", ["absent", "region", "inject"])
+def test_a_program_that_is_not_there(images: Callable[..., Image], name: str) -> None:
+    """Names of the entrypoint's own functions are no programs."""
     image = images()
-    assert image.run("absent").status == 127
+    assert image.run(name).status == 127
     assert (image.told[-1]["step"], image.told[-1]["status"]) == ("program", 127)
+
+
+def test_a_program_that_cannot_be_executed(images: Callable[..., Image]) -> None:
+    image = images()
+    program = image.enclave.folder / image.enclave.place(b"#!/bin/sh\n", "program")
+    program.chmod(0o644)
+    assert image.run(str(program)).status == 126
+    assert (image.told[-1]["step"], image.told[-1]["status"]) == ("program", 126)
+
+
+def test_what_is_taken_from_the_program_is_what_inject_takes() -> None:
+    unset = re.search(r"^    unset (AWS_[A-Z0-9_ \\\n]+)$", ENTRYPOINT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert unset
+    assert set(unset[1].replace("\\", " ").split()) == CREDENTIALS
 
 
 @pytest.mark.parametrize(
@@ -323,6 +340,9 @@ def test_a_program_that_is_not_there(images: Callable[..., Image]) -> None:
         "ATTESTOR_HOSTS=a=1\tb=2",
         "ATTESTOR_NODE_VARIABLE=LD_PRELOAD",
         "ATTESTOR_NODE_VARIABLE=PATH",
+        "ATTESTOR_NODE_VARIABLE=work",
+        "ATTESTOR_NODE_VARIABLE=SETTINGS",
+        "ATTESTOR_NODE_VARIABLE=HTTPS_PROXY",
         "ATTESTOR_NODE_VARIABLE=A=B",
         "ATTESTOR_NODE_TAG=../../iam",
         "ATTESTOR_DNS_SUFFIX=a b",

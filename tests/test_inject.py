@@ -369,6 +369,9 @@ def hostile(environ: Any, start_response: Any) -> Any:
     """Paths of a hostile server."""
     request = Request(environ)
     name = request.path.rpartition("/")[2]
+    if name == "to-nowhere":  # which werkzeug would not send
+        start_response("302 Found", [("Location", "https://[bad"), ("Content-Length", "0")])
+        return [b""]
     location = {"to-http": "http://localhost/x", "to-itself": request.url, "to-good": "/good"}.get(name)
     response = Response(b"good", 200)
     if location:
@@ -409,6 +412,7 @@ def trusting(manifest: Manifest, server: HttpsServer) -> dict[str, str | None]:
         ("403", 4, "HTTP status 403"),
         ("500", 5, "HTTP status 500"),
         ("to-http", 6, "which is not https"),
+        ("to-nowhere", 6, "which is not https"),
         ("to-itself", 2, "redirects more than 3 times"),
         ("endless", 2, "longer than 1000 bytes"),
         ("cut", 5, "cannot be read"),
