@@ -59,7 +59,7 @@ libnsm:
 
 # Debian, root, buildah and debootstrap; the virtual machine wants qemu as well. Both say what is missing.
 image:
-	enclave/build-image
+	enclave/build-image $(IMAGE_FLAGS)
 
 vm-test:
 	tests/vm/run
