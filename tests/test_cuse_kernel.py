@@ -245,7 +245,9 @@ def test_who_waits_at_the_end_is_told() -> None:
         while not device._dialogue.unanswered:
             pass
     out, _ = process.communicate(timeout=20)
-    assert out.split() == ["EIO", "ENOTCONN"]
+    waiting, after = out.split()
+    assert waiting == "EIO"
+    assert after in {"ECONNABORTED", "ENOTCONN"}  # while the kernel takes the connection down, and when it has
 
 
 def test_it_is_gone_after_the_end() -> None:
