@@ -11,13 +11,13 @@
 # from the defaults in `configuration`. The parent's claims, region and node, are checked before anything uses them.
 set -eu
 
-SETTINGS="ATTESTOR_PARENT_CID ATTESTOR_NETWORK ATTESTOR_KMS_PORT ATTESTOR_S3_PORT ATTESTOR_METADATA_PORT \
+_SETTINGS="ATTESTOR_PARENT_CID ATTESTOR_NETWORK ATTESTOR_KMS_PORT ATTESTOR_S3_PORT ATTESTOR_METADATA_PORT \
 ATTESTOR_STATUS_PORT ATTESTOR_HOSTS ATTESTOR_DNS_SUFFIX ATTESTOR_NODE_TAG ATTESTOR_NODE_VARIABLE ATTESTOR_MANIFEST \
 ATTESTOR_SECRETS ATTESTOR_USER ATTESTOR_DEADLINE AWS_REGION"
-REGION='[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}'
-HOST='[A-Za-z0-9][A-Za-z0-9.-]*'
-NUMBER='[1-9][0-9]{0,9}'
-NEWLINE='
+_REGION='[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}'
+_HOST='[A-Za-z0-9][A-Za-z0-9.-]*'
+_NUMBER='[1-9][0-9]{0,9}'
+_NEWLINE='
 '
 
 # -- configuration
@@ -54,7 +54,7 @@ settings_of_file() { # never run as a script
             *=*) check "$ATTESTOR_CONFIG: name" '[A-Z0-9_]+' "$name" ;;
             *) wrong "$ATTESTOR_CONFIG: a line is not NAME=VALUE" ;;
         esac
-        case " $SETTINGS " in
+        case " $_SETTINGS " in
             *" $name "*) setting "$name" "${line#*=}" ;;
             *) wrong "$ATTESTOR_CONFIG: $name is not known" ;;
         esac
@@ -63,22 +63,22 @@ settings_of_file() { # never run as a script
 
 checked_settings() {
     check ATTESTOR_NETWORK 'vsock|socat|none' "$ATTESTOR_NETWORK"
-    check ATTESTOR_PARENT_CID "$NUMBER" "$ATTESTOR_PARENT_CID"
-    check ATTESTOR_KMS_PORT "$NUMBER" "$ATTESTOR_KMS_PORT"
-    check ATTESTOR_S3_PORT "$NUMBER" "$ATTESTOR_S3_PORT"
-    check ATTESTOR_METADATA_PORT "$NUMBER" "$ATTESTOR_METADATA_PORT"
-    check ATTESTOR_STATUS_PORT "($NUMBER)?" "$ATTESTOR_STATUS_PORT"
-    check ATTESTOR_HOSTS "($HOST=$NUMBER( +|$))*" "$ATTESTOR_HOSTS"
-    check ATTESTOR_DNS_SUFFIX "($HOST)?" "$ATTESTOR_DNS_SUFFIX"
+    check ATTESTOR_PARENT_CID "$_NUMBER" "$ATTESTOR_PARENT_CID"
+    check ATTESTOR_KMS_PORT "$_NUMBER" "$ATTESTOR_KMS_PORT"
+    check ATTESTOR_S3_PORT "$_NUMBER" "$ATTESTOR_S3_PORT"
+    check ATTESTOR_METADATA_PORT "$_NUMBER" "$ATTESTOR_METADATA_PORT"
+    check ATTESTOR_STATUS_PORT "($_NUMBER)?" "$ATTESTOR_STATUS_PORT"
+    check ATTESTOR_HOSTS "($_HOST=$_NUMBER( +|$))*" "$ATTESTOR_HOSTS"
+    check ATTESTOR_DNS_SUFFIX "($_HOST)?" "$ATTESTOR_DNS_SUFFIX"
     check ATTESTOR_NODE_TAG '[A-Za-z0-9+=.,_:@-]{0,128}' "$ATTESTOR_NODE_TAG"
-    check ATTESTOR_NODE_VARIABLE '[A-Z][A-Z0-9_]{0,63}' "$ATTESTOR_NODE_VARIABLE" # lower case is this script's own
+    check ATTESTOR_NODE_VARIABLE '[A-Z][A-Z0-9_]{0,63}' "$ATTESTOR_NODE_VARIABLE" # the script's own begin otherwise
     check ATTESTOR_MANIFEST '/.*' "$ATTESTOR_MANIFEST"
     check ATTESTOR_SECRETS '/.*[^/]' "$ATTESTOR_SECRETS"
     check ATTESTOR_USER '[a-z_][a-z0-9_-]{0,31}' "$ATTESTOR_USER"
     check ATTESTOR_DEADLINE '[0-9]{1,6}' "$ATTESTOR_DEADLINE"
     case $ATTESTOR_NODE_VARIABLE in
         PATH | HOME | IFS | ENV | LD_* | PYTHON* | AWS_* | ATTESTOR_* | NSM_* | SSL* | OPENSSL_* | GLIBC_* | *_PROXY | \
-            HOSTALIASES | SETTINGS | REGION | HOST | NUMBER | NEWLINE)
+            HOSTALIASES)
             wrong "ATTESTOR_NODE_VARIABLE $ATTESTOR_NODE_VARIABLE steers programs" ;;
     esac
     [ "$(id -u "$ATTESTOR_USER" 2>/dev/null || echo 0)" != 0 ] ||
@@ -90,7 +90,7 @@ check() { # NAME PATTERN VALUE
 }
 
 matches() { # VALUE PATTERN: all of it, which is one line
-    case $1 in *"$NEWLINE"*) return 1 ;; esac
+    case $1 in *"$_NEWLINE"*) return 1 ;; esac
     grep -Eqx -e "$2" <<VALUE
 $1
 VALUE
@@ -144,7 +144,7 @@ module() {
 
 region() {
     [ -n "${AWS_REGION:-}" ] || AWS_REGION=$(metadata placement/region) || return
-    check region "$REGION" "$AWS_REGION" || return
+    check region "$_REGION" "$AWS_REGION" || return
     export AWS_REGION
     [ "$ATTESTOR_NETWORK" = socat ] || return 0
     name_host 127.0.0.1 "kms.$AWS_REGION.$(dns_suffix)" &&

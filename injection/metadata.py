@@ -111,15 +111,9 @@ class _Service:
         with self._translated(what), self._dial(min(_CONNECT_TIMEOUT, _left(self._deadline))) as connection:
             connection.settimeout(_left(self._deadline))
             connection.sendall(request.encode())
-            answer = HTTPResponse(_Bounded(connection, self._deadline), method=method)  # type: ignore[arg-type]  # all it calls is makefile
-            answer.begin()
-            if answer.status != 200:
-                raise _refusal(answer.status, what)
-            body = answer.read(VALUE_MAX + 1)
-            # read(n) says nothing of a body that ends too early, nor of headers that do
-            if (answer.length and len(body) <= VALUE_MAX) or (answer.length is None and not body):
-                raise UnreachableError(f"answer of the metadata service to {what} is cut short")
-        return _text(body, what)
+            bounded = _Bounded(connection, self._deadline)
+            with contextlib.closing(HTTPResponse(bounded, method=method)) as answer:  # type: ignore[arg-type]  # all it calls is makefile
+                return _text(_body(answer, what), what)
 
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
@@ -134,6 +128,18 @@ class _Service:
         except (HTTPException, ValueError) as error:
             kind = type(error).__name__
             raise UnreachableError(f"answer of the metadata service to {what} is not HTTP ({kind})") from error
+
+
+def _body(answer: HTTPResponse, what: str) -> bytes:
+    """What an answer with status 200 says; one that is too long by a byte or more."""
+    answer.begin()
+    if answer.status != 200:
+        raise _refusal(answer.status, what)
+    body = answer.read(VALUE_MAX + 1)
+    # read(n) says nothing of a body that ends too early, nor of headers that do
+    if (answer.length and len(body) <= VALUE_MAX) or (answer.length is None and not body):
+        raise UnreachableError(f"answer of the metadata service to {what} is cut short")
+    return body
 
 
 class _Bounded(io.RawIOBase):

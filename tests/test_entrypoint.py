@@ -341,7 +341,7 @@ def test_what_is_taken_from_the_program_is_what_inject_takes() -> None:
         "ATTESTOR_NODE_VARIABLE=LD_PRELOAD",
         "ATTESTOR_NODE_VARIABLE=PATH",
         "ATTESTOR_NODE_VARIABLE=work",
-        "ATTESTOR_NODE_VARIABLE=SETTINGS",
+        "ATTESTOR_NODE_VARIABLE=_SETTINGS",
         "ATTESTOR_NODE_VARIABLE=HTTPS_PROXY",
         "ATTESTOR_NODE_VARIABLE=A=B",
         "ATTESTOR_NODE_TAG=../../iam",
