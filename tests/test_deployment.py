@@ -315,6 +315,24 @@ def test_a_signed_build(host: Host) -> None:
     assert said.endswith("--measurements app.json --take 8")
 
 
+@pytest.mark.parametrize(
+    ("command", "noted"),
+    [
+        ('["/usr/local/bin/entrypoint","/usr/local/bin/server"]', False),
+        ('["/usr/local/bin/server"]', True),
+        ("null", True),
+    ],
+)
+def test_an_image_that_would_start_without_the_entrypoint(host: Host, command: str, noted: bool) -> None:
+    """nitro-cli starts CMD, whatever ENTRYPOINT says; `docker` is a stand-in too."""
+    host.builder()
+    host.stand_in("docker", f"echo {shlex.quote(command)}")
+    run = host.run("build-eif", "app:1", "app.eif")
+    assert run.status == 0, run.err
+    assert (f"the image's CMD is {command}: nothing is injected" in run.err) is noted
+    assert host.calls("docker") == [["image", "inspect", "--format", "{{json .Config.Cmd}}", "app:1"]]
+
+
 def test_the_next_command_is_one(host: Host) -> None:
     host.builder()
     run = host.run("build-eif", "app:1", "an app.eif")
