@@ -1,18 +1,25 @@
-"""attestor: get a KMS secret into an AWS Nitro Enclave so that nobody outside it could have read it.
+"""attestor: get a KMS secret into an AWS Nitro Enclave so that nobody outside it could have read
+it.
 
-    RSA-2048 key pair -> attestation document (PCRs and public key, signed by the Nitro Secure Module)
-      -> KMS Decrypt with Recipient -> CiphertextForRecipient -> RSA and AES unwrap -> plaintext file
+    RSA-2048 key pair
+      -> attestation document (PCRs and public key, signed by the Nitro Secure Module)
+      -> KMS Decrypt with Recipient -> CiphertextForRecipient
+      -> RSA and AES unwrap
+      -> plaintext file
 
-The parent instance is hostile: it carries every byte, chooses credentials, region and clock, and can replay what it
-saw. TLS that ends in here authenticates KMS's answer; the attestation document proves this enclave to KMS, whose key
-policy decides; a pinned key and an encryption context tell which ciphertext is meant. No path falls back to less.
+The parent instance is hostile: it carries every byte, chooses credentials, region and clock, and
+can replay what it saw. TLS that ends in here authenticates KMS's answer; the attestation document
+proves this enclave to KMS, whose key policy decides; a pinned key and an encryption context tell
+which ciphertext is meant. No path falls back to less.
 
 Exit status:
     0    done
     1    a bug: an unexpected exception
-    2    usage: options, a ciphertext or policy that cannot be read or is not one, an insecure endpoint
+    2    usage: options, a ciphertext or policy that cannot be read or is not one, an insecure
+         endpoint
     3    no Nitro Secure Module, or it refused
-    4    KMS refused, or there are no valid credentials: do not retry; a key policy denies or is wrong
+    4    KMS refused, or there are no valid credentials: do not retry; a key policy denies or is
+         wrong
     5    KMS not reachable, throttled or failing: retry
     6    not authentic: attestation document, envelope, TLS certificate or name, key id
     7    the output cannot be written
@@ -52,13 +59,15 @@ __all__ = ["AttestorError", "EnvelopeError", "Recipient", "attested", "main", "o
 log = logging.getLogger("attestor")
 _T = TypeVar("_T")
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 
 CIPHERTEXT_MAX: Final = 6144  # CiphertextBlob and CiphertextForRecipient, KMS API reference
 PLAINTEXT_MAX: Final = 4096  # Plaintext, same place
 DOCUMENT_FRESH: Final = 60.0  # seconds that one attestation document serves further calls
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
-ATTEMPT_TIMEOUT: Final = 20.0  # seconds for one connection or one answer; --timeout bounds them all together
+ATTEMPT_TIMEOUT: Final = (
+    20.0  # seconds for one connection or one answer; --timeout bounds them all together
+)
 DEFAULT_TIMEOUT: Final = 60.0
 
 # BER identifier octets (X.690 8.1.2)
@@ -74,11 +83,15 @@ _MGF1: Final = bytes.fromhex("2a864886f70d010108")  # 1.2.840.113549.1.1.8, RFC 
 _SHA256: Final = bytes.fromhex("608648016503040201")  # 2.16.840.1.101.3.4.2.1, RFC 4055 2.1
 _AES256_CBC: Final = bytes.fromhex("60864801650304012a")  # 2.16.840.1.101.3.4.1.42, RFC 3565 4.1
 
-# SubjectPublicKeyInfo (RFC 5280 4.1.2.7, RFC 3279 2.3.1) around the modulus of an RSA-2048 key of exponent 65537
-_RSA_2048_HEAD: Final = bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100")
+# SubjectPublicKeyInfo (RFC 5280 4.1.2.7, RFC 3279 2.3.1) around the modulus of an RSA-2048 key of
+# exponent 65537
+_RSA_2048_HEAD: Final = bytes.fromhex(
+    "30820122300d06092a864886f70d01010105000382010f003082010a0282010100"
+)
 _RSA_2048_TAIL: Final = bytes.fromhex("0203010001")
 
-# The operations that take a Recipient, and the member of the answer in which the SDK's callers look for the secret
+# The operations that take a Recipient, and the member of the answer in which the SDK's callers look
+# for the secret
 _SECRET_MEMBER: Final = {
     "Decrypt": "Plaintext",
     "GenerateDataKey": "Plaintext",
@@ -97,13 +110,15 @@ _BASE64: Final = re.compile(rb"[A-Za-z0-9+/\s]++={0,2}")
 
 # Worth another try: the SDK's throttling codes, and what KMS documents as transient
 _TRANSIENT: Final = frozenset(
-    "ThrottlingException Throttling ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded "
-    "TooManyRequestsException SlowDown DependencyTimeoutException KMSInternalException KeyUnavailableException "
+    "ThrottlingException Throttling ThrottledException RequestThrottled "
+    "RequestThrottledException RequestLimitExceeded "
+    "TooManyRequestsException SlowDown DependencyTimeoutException KMSInternalException "
+    "KeyUnavailableException "
     "InternalFailure InternalServerError ServiceUnavailable ServiceUnavailableException".split()
 )
 _ALGORITHMS: Final = ("SYMMETRIC_DEFAULT", "RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256", "SM2PKE")
 
-# ------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 class AttestorError(Exception):
@@ -171,12 +186,14 @@ class Interrupted(BaseException):
         self.status = 128 + signal_number
 
 
-# ------------------------------------------------------------------------------ the envelope (RFC 5652, X.690)
+# ------------------------------------------------------------------- the envelope (RFC 5652, X.690)
 
 
 @dataclass(slots=True)  # frozen, the thirty of an envelope would cost a quarter of its parsing
 class _Element:
-    """One BER element: its identifier octet and either its contents or, when constructed, its children."""
+    """One BER element: its identifier octet and either its contents or, when constructed, its
+    children.
+    """
 
     tag: int
     contents: bytes = field(repr=False)
@@ -184,13 +201,15 @@ class _Element:
 
 
 def open_envelope(envelope: bytes, key: RSAPrivateKey) -> bytes:
-    """Open KMS's CiphertextForRecipient: a CMS EnvelopedData (RFC 5652 section 6) of at most 6144 bytes.
+    """Open KMS's CiphertextForRecipient: a CMS EnvelopedData (RFC 5652 section 6) of at most 6144
+    bytes.
 
-    Tolerant of form (definite or indefinite lengths, content primitive or in chunks, as KMS and LocalStack write
-    them), strict of content: one recipient, RSAES-OAEP with SHA-256 and MGF1-SHA-256, AES-256-CBC, nothing behind.
-    Returns the plaintext of 1 to 4096 bytes; raises EnvelopeError, with one message for a wrong key and a wrong
-    padding, and ValueError for a key that is not RSA-2048 with exponent 65537. The envelope carries no integrity of
-    its own: TLS must have authenticated who sent it.
+    Tolerant of form (definite or indefinite lengths, content primitive or in chunks, as KMS and
+    LocalStack write them), strict of content: one recipient, RSAES-OAEP with SHA-256 and
+    MGF1-SHA-256, AES-256-CBC, nothing behind. Returns the plaintext of 1 to 4096 bytes; raises
+    EnvelopeError, with one message for a wrong key and a wrong padding, and ValueError for a key
+    that is not RSA-2048 with exponent 65537. The envelope carries no integrity of its own: TLS must
+    have authenticated who sent it.
     """
     encrypted_key, iv, content = _parse_enveloped_data(_parse_ber(envelope), _key_identifier(key))
     return _decrypt_content(_unwrap_key(encrypted_key, key), iv, content)
@@ -213,7 +232,9 @@ def _read_element(data: bytes, start: int, limit: int, depth: int) -> tuple[_Ele
     if limit - start < 2:
         raise EnvelopeError(f"cut short at byte {start}")
     tag = data[start]
-    if tag in {0x00, 0x20} or tag & 0x1F == 0x1F:  # end-of-contents where none belongs; a tag of several octets
+    if (
+        tag in {0x00, 0x20} or tag & 0x1F == 0x1F
+    ):  # end-of-contents where none belongs; a tag of several octets
         raise EnvelopeError(f"unexpected tag {tag:#04x} at byte {start}")
     length, start = _read_length(data, start + 1, limit)
     if length is None:
@@ -245,7 +266,9 @@ def _read_length(data: bytes, start: int, limit: int) -> tuple[int | None, int]:
 def _read_children(
     data: bytes, start: int, limit: int, depth: int, *, indefinite: bool
 ) -> tuple[tuple[_Element, ...], int]:
-    """The elements up to `limit`, or up to the end-of-contents octets when the length is indefinite."""
+    """The elements up to `limit`, or up to the end-of-contents octets when the length is
+    indefinite.
+    """
     children: list[_Element] = []
     while indefinite or start < limit:
         if indefinite and data[start : min(start + 2, limit)] == b"\0\0":
@@ -259,7 +282,8 @@ def _children(element: _Element, tag: int, count: int, what: str) -> tuple[_Elem
     """The children of a constructed element; exactly this tag and this many."""
     if element.tag != tag or len(element.children) != count:
         raise EnvelopeError(
-            f"{what} has tag {element.tag:#04x} and {len(element.children)} elements, expected {tag:#04x} and {count}"
+            f"{what} has tag {element.tag:#04x} and {len(element.children)} elements, expected "
+            f"{tag:#04x} and {count}"
         )
     return element.children
 
@@ -269,7 +293,8 @@ def _contents(element: _Element, tag: int, what: str, length: int | None = None)
     if element.tag != tag or length not in {None, len(element.contents)}:
         size = "" if length is None else f" and {length}"
         raise EnvelopeError(
-            f"{what} has tag {element.tag:#04x} and {len(element.contents)} bytes, expected {tag:#04x}{size}"
+            f"{what} has tag {element.tag:#04x} and {len(element.contents)} bytes, expected "
+            f"{tag:#04x}{size}"
         )
     return element.contents
 
@@ -279,7 +304,9 @@ def _expect(found: bytes, expected: bytes, what: str) -> None:
         raise EnvelopeError(f"{what} is {found.hex()}, expected {expected.hex()}")
 
 
-def _parse_enveloped_data(content_info: _Element, key_identifier: bytes) -> tuple[bytes, bytes, bytes]:
+def _parse_enveloped_data(
+    content_info: _Element, key_identifier: bytes
+) -> tuple[bytes, bytes, bytes]:
     """Encrypted key, initialisation vector and encrypted content (RFC 5652 sections 3 and 6.1)."""
     content_type, explicit = _children(content_info, _SEQUENCE, 2, "content info")
     _expect(_contents(content_type, _OID, "content type"), _ENVELOPED_DATA, "content type")
@@ -287,22 +314,35 @@ def _parse_enveloped_data(content_info: _Element, key_identifier: bytes) -> tupl
     # three elements: neither originatorInfo nor unprotectedAttrs
     version, recipients, content = _children(enveloped, _SEQUENCE, 3, "enveloped data")
     (recipient,) = _children(recipients, _SET, 1, "recipient infos")
-    encrypted_key = _parse_recipient(recipient, _contents(version, _INTEGER, "version"), key_identifier)
+    encrypted_key = _parse_recipient(
+        recipient, _contents(version, _INTEGER, "version"), key_identifier
+    )
     return encrypted_key, *_parse_encrypted_content(content)
 
 
 def _parse_recipient(recipient: _Element, data_version: bytes, key_identifier: bytes) -> bytes:
-    """The encrypted key of a KeyTransRecipientInfo (RFC 5652 section 6.2.1), which must be meant for our key."""
-    version, identifier, algorithm, encrypted_key = _children(recipient, _SEQUENCE, 4, "recipient info")
-    if identifier.tag == _CONTEXT_0:  # subjectKeyIdentifier: KMS writes the SHA-256 of our SubjectPublicKeyInfo
+    """The encrypted key of a KeyTransRecipientInfo (RFC 5652 section 6.2.1), which must be meant
+    for our key.
+    """
+    version, identifier, algorithm, encrypted_key = _children(
+        recipient, _SEQUENCE, 4, "recipient info"
+    )
+    if (
+        identifier.tag == _CONTEXT_0
+    ):  # subjectKeyIdentifier: KMS writes the SHA-256 of our SubjectPublicKeyInfo
         expected_version = b"\x02"
         _expect(identifier.contents, key_identifier, "subject key identifier")
-    else:  # issuerAndSerialNumber: LocalStack writes a made-up one, there is nothing to compare it with
+    # issuerAndSerialNumber: LocalStack writes a made-up one, there is nothing to compare it with
+    else:
         expected_version = b"\x00"
         _, serial = _children(identifier, _SEQUENCE, 2, "recipient identifier")
         _contents(serial, _INTEGER, "serial number")
     _expect(data_version, expected_version, "version of the enveloped data")
-    _expect(_contents(version, _INTEGER, "recipient version"), expected_version, "version of the recipient info")
+    _expect(
+        _contents(version, _INTEGER, "recipient version"),
+        expected_version,
+        "version of the recipient info",
+    )
     _parse_oaep(algorithm)
     return _contents(encrypted_key, _OCTETS, "encrypted key", 256)
 
@@ -329,17 +369,23 @@ def _parse_sha256(algorithm: _Element, what: str) -> None:
 
 
 def _parse_encrypted_content(content: _Element) -> tuple[bytes, bytes]:
-    """Initialisation vector and ciphertext of an EncryptedContentInfo (RFC 5652 section 6.1, RFC 3565)."""
+    """Initialisation vector and ciphertext of an EncryptedContentInfo (RFC 5652 section 6.1, RFC
+    3565).
+    """
     content_type, algorithm, encrypted = _children(content, _SEQUENCE, 3, "encrypted content info")
     _expect(_contents(content_type, _OID, "inner content type"), _DATA, "inner content type")
     cipher, iv = _children(algorithm, _SEQUENCE, 2, "content encryption algorithm")
     _expect(_contents(cipher, _OID, "cipher"), _AES256_CBC, "content encryption algorithm")
     if encrypted.tag == _CONTEXT_0_CONSTRUCTED:
-        ciphertext = b"".join(_contents(chunk, _OCTETS, "content chunk") for chunk in encrypted.children)
+        ciphertext = b"".join(
+            _contents(chunk, _OCTETS, "content chunk") for chunk in encrypted.children
+        )
     else:
         ciphertext = _contents(encrypted, _CONTEXT_0, "encrypted content")
     if not ciphertext or len(ciphertext) % 16:
-        raise EnvelopeError(f"encrypted content is {len(ciphertext)} bytes long, not whole blocks of 16")
+        raise EnvelopeError(
+            f"encrypted content is {len(ciphertext)} bytes long, not whole blocks of 16"
+        )
     return _contents(iv, _OCTETS, "initialisation vector", 16), ciphertext
 
 
@@ -357,7 +403,9 @@ def _unwrap_key(encrypted_key: bytes, key: RSAPrivateKey) -> bytes | None:
 
 
 def _decrypt_content(content_key: bytes | None, iv: bytes, ciphertext: bytes) -> bytes:
-    """Decrypt and unpad (RFC 5652 section 6.3); a missing key and a wrong padding end alike, so there is no oracle."""
+    """Decrypt and unpad (RFC 5652 section 6.3); a missing key and a wrong padding end alike, so
+    there is no oracle.
+    """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     decryptor = Cipher(algorithms.AES256(content_key or bytes(32)), modes.CBC(iv)).decryptor()
@@ -365,7 +413,11 @@ def _decrypt_content(content_key: bytes | None, iv: bytes, ciphertext: bytes) ->
     try:
         length = decryptor.update_into(ciphertext, padded)
         count = padded[length - 1]
-        if content_key is None or not 1 <= count <= 16 or padded[length - count : length] != bytes([count]) * count:
+        if (
+            content_key is None
+            or not 1 <= count <= 16
+            or padded[length - count : length] != bytes([count]) * count
+        ):
             raise EnvelopeError("it does not open with this enclave's key")
         if not 0 < length - count <= PLAINTEXT_MAX:
             raise EnvelopeError(f"it holds {length - count} bytes, KMS sends 1 to {PLAINTEXT_MAX}")
@@ -383,22 +435,27 @@ def _key_identifier(key: RSAPrivateKey) -> bytes:
 def _public_key_info(key: RSAPrivateKey) -> bytes:
     """The DER SubjectPublicKeyInfo, 294 bytes: what KMS takes from the attestation document.
 
-    Written here because the serialisation module would cost 10 ms and 2.5 MiB of enclave memory for a constant.
+    Written here because the serialisation module would cost 10 ms and 2.5 MiB of enclave memory for
+    a constant.
     """
     numbers = key.public_key().public_numbers()
     if key.key_size != 2048 or numbers.e != 65537:
-        raise ValueError(f"recipient key has {key.key_size} bits and exponent {numbers.e}, expected 2048 and 65537")
+        raise ValueError(
+            f"recipient key has {key.key_size} bits and exponent {numbers.e}, expected 2048 and "
+            "65537"
+        )
     return _RSA_2048_HEAD + numbers.n.to_bytes(256) + _RSA_2048_TAIL
 
 
-# ------------------------------------------------------------- the recipient: a KMS client and two event handlers
+# ----------------------------------------------- the recipient: a KMS client and two event handlers
 
 
 class Recipient:
     """This process's RSA-2048 key pair, and the attestation document that carries its public key.
 
-    Key and document are made in a thread, beside whatever the caller does (importing the SDK takes as long). The
-    private key stays in this object. Thread-safe; errors of the module are raised as ModuleError where it is used.
+    Key and document are made in a thread, beside whatever the caller does (importing the SDK takes
+    as long). The private key stays in this object. Thread-safe; errors of the module are raised as
+    ModuleError where it is used.
     """
 
     def __init__(self) -> None:
@@ -418,11 +475,13 @@ class Recipient:
         self._key.exception()
 
     def wait_for_module(self, timeout: float) -> None:
-        """Return as soon as the module has answered once; it comes before credentials and network."""
+        """Return once the module has answered; it comes before credentials and network."""
         try:
             self._answered.result(timeout)
         except FutureTimeoutError:
-            raise ModuleError(f"the Nitro Secure Module does not answer within {timeout:g} seconds") from None
+            raise ModuleError(
+                f"the Nitro Secure Module does not answer within {timeout:g} seconds"
+            ) from None
 
     def document(self) -> bytes:
         """An attestation document for our public key, not older than a minute."""
@@ -450,7 +509,9 @@ class Recipient:
         from nsm.entropy import mix_into_kernel
 
         if mix_into_kernel(randomness):
-            log.info("kernel's random pool was not initialised: credited with the module's randomness")
+            log.info(
+                "kernel's random pool was not initialised: credited with the module's randomness"
+            )
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self._fresh_document(key)
         return key
@@ -459,7 +520,9 @@ class Recipient:
         with self._lock:
             if time.monotonic() - self._asked >= DOCUMENT_FRESH:
                 asked = time.monotonic()
-                self._document = _with_module(lambda module: module.attest(public_key=_public_key_info(key)))
+                self._document = _with_module(
+                    lambda module: module.attest(public_key=_public_key_info(key))
+                )
                 self._asked = asked
                 log.info("attestation document of %d bytes", len(self._document))
             return self._document
@@ -478,13 +541,18 @@ def _with_module(use: Callable[[Any], _T]) -> _T:
         raise InputError(f"library of the Nitro Secure Module cannot be used: {error}") from error
     except NsmError as error:
         if error.operation == "open":
-            hint = "this does not look like a Nitro Enclave: the module's device is there only inside one"
+            hint = (
+                "this does not look like a Nitro Enclave: the module's device is there only "
+                "inside one"
+            )
             raise ModuleError(f"no Nitro Secure Module: {error}", hint) from error
         raise ModuleError(f"the Nitro Secure Module refused: {error}") from error
 
 
 def _in_background(make: Callable[[], _T]) -> Future[_T]:
-    """Run `make` in a daemon thread: a signal or a deadline ends the process without waiting for it."""
+    """Run `make` in a daemon thread: a signal or a deadline ends the process without waiting for
+    it.
+    """
     future: Future[_T] = Future()
 
     def run() -> None:
@@ -517,7 +585,9 @@ def _forget_recipient() -> None:
 
 
 def _let_the_key_be_made() -> None:
-    """Wait for the thread: a fork, or the interpreter's end, amid its imports and native code leaves wreckage."""
+    """Wait for the thread: a fork, or the interpreter's end, amid its imports and native code
+    leaves wreckage.
+    """
     if _processes_recipient is not None:
         _processes_recipient.wait()
 
@@ -527,27 +597,35 @@ atexit.register(_let_the_key_be_made)
 
 
 def attested(client_or_session: _T) -> _T:
-    """Make a KMS client, or every KMS client that a session makes from now on, decrypt for this enclave only.
+    """Make a KMS client, or every KMS client that a session makes from now on, decrypt for this
+    enclave only.
 
         kms = attestor.attested(boto3.client("kms"))
         kms.decrypt(CiphertextBlob=blob, EncryptionContext={"node": "3"})["Plaintext"]
 
-    Takes a boto3 or botocore session, or a client of either, and returns it; may be called twice. The five operations
-    that have a Recipient (Decrypt, GenerateDataKey, GenerateDataKeyPair, GenerateRandom, DeriveSharedSecret) then send
-    the attestation document, and answer with the unwrapped secret in the member where it always is. Raises InputError
-    for an endpoint without https, a client made with verify=False or a call with a Recipient of its own, ModuleError
-    without a Nitro Secure Module, and NotAuthenticError for an answer without an envelope or from another key.
+    Takes a boto3 or botocore session, or a client of either, and returns it; may be called twice.
+    The five operations that have a Recipient (Decrypt, GenerateDataKey, GenerateDataKeyPair,
+    GenerateRandom, DeriveSharedSecret) then send the attestation document, and answer with the
+    unwrapped secret in the member where it always is. Raises InputError for an endpoint without
+    https, a client made with verify=False or a call with a Recipient of its own, ModuleError
+    without a Nitro Secure Module, and NotAuthenticError for an answer without an envelope or from
+    another key.
     """
     subject: Any = client_or_session
     if hasattr(subject, "meta"):
         if subject.meta.service_model.service_name != "kms":
-            raise InputError(f"a client of {subject.meta.service_model.service_name} cannot be attested, only KMS's")
+            raise InputError(
+                f"a client of {subject.meta.service_model.service_name} cannot be attested, only "
+                "KMS's"
+            )
         _require_authenticated(subject._endpoint)
         events = subject.meta.events
     else:
         events = getattr(subject, "events", subject)  # boto3's session has them, botocore's is one
     if not hasattr(events, "register"):
-        raise InputError(f"{type(subject).__name__} is neither a client nor a session of boto3 or botocore")
+        raise InputError(
+            f"{type(subject).__name__} is neither a client nor a session of boto3 or botocore"
+        )
     process_recipient()
     events.register("creating-client-class.kms", _add_client_check, unique_id="attestor-client")
     events.register("before-parameter-build.kms", _add_recipient, unique_id="attestor-recipient")
@@ -559,7 +637,9 @@ def attested(client_or_session: _T) -> _T:
 class _AuthenticatedClient:
     """First base of a session's KMS clients: refuses to be made where nobody checks who answers."""
 
-    def __init__(self, serializer: object, endpoint: object, *args: object, **kwargs: object) -> None:
+    def __init__(
+        self, serializer: object, endpoint: object, *args: object, **kwargs: object
+    ) -> None:
         _require_authenticated(endpoint)
         super().__init__(serializer, endpoint, *args, **kwargs)  # type: ignore[call-arg]  # botocore's BaseClient
 
@@ -569,13 +649,21 @@ def _add_client_check(base_classes: list[type], **_: object) -> None:
 
 
 def _require_authenticated(endpoint: Any) -> None:
-    """Whoever has seen the document can encrypt to its key: only TLS tells KMS's answer from the parent's."""
+    """Whoever has seen the document can encrypt to its key: only TLS tells KMS's answer from the
+    parent's.
+    """
     if not endpoint.host.lower().startswith("https://"):
-        raise InputError(f"endpoint {endpoint.host} is not https", "TLS is what authenticates the answer of KMS")
+        raise InputError(
+            f"endpoint {endpoint.host} is not https", "TLS is what authenticates the answer of KMS"
+        )
     if not endpoint.http_session._verify:
-        raise InputError("the client was made with verify=False", "TLS is what authenticates the answer of KMS")
+        raise InputError(
+            "the client was made with verify=False", "TLS is what authenticates the answer of KMS"
+        )
     if endpoint.http_session._proxy_config.settings.get("proxy_use_forwarding_for_https"):
-        raise InputError("the client lets its proxy end TLS", "TLS is what authenticates the answer of KMS")
+        raise InputError(
+            "the client lets its proxy end TLS", "TLS is what authenticates the answer of KMS"
+        )
 
 
 def _require_https(params: Mapping[str, Any], **_: object) -> None:
@@ -583,7 +671,9 @@ def _require_https(params: Mapping[str, Any], **_: object) -> None:
         raise InputError("endpoint is not https", "TLS is what authenticates the answer of KMS")
 
 
-def _add_recipient(params: dict[str, Any], model: Any, context: dict[str, Any], **_: object) -> None:
+def _add_recipient(
+    params: dict[str, Any], model: Any, context: dict[str, Any], **_: object
+) -> None:
     if model.name not in _SECRET_MEMBER:
         return
     if "Recipient" in params:
@@ -602,38 +692,49 @@ def _unwrap_answer(
         return
     announced = http_response.headers.get("Content-Length")
     if announced and announced != str(len(http_response.content)):
-        raise UnreachableError(f"answer of KMS is cut short: {len(http_response.content)} of {announced} bytes")
+        raise UnreachableError(
+            f"answer of KMS is cut short: {len(http_response.content)} of {announced} bytes"
+        )
     member = _SECRET_MEMBER[model.name]
     if parsed.get(member):
         raise NotAuthenticError(f"answer of KMS has a {member} in the clear")
     if not parsed.get("CiphertextForRecipient"):
-        raise NotAuthenticError("answer of KMS has no CiphertextForRecipient", "is this endpoint AWS KMS?")
+        raise NotAuthenticError(
+            "answer of KMS has no CiphertextForRecipient", "is this endpoint AWS KMS?"
+        )
     asked = context["attestor_key_id"]
     if asked and not is_same_key(asked, str(parsed.get("KeyId"))):
-        raise NotAuthenticError(f"answer of KMS is from key {parsed.get('KeyId')}, asked for {asked}")
+        raise NotAuthenticError(
+            f"answer of KMS is from key {parsed.get('KeyId')}, asked for {asked}"
+        )
     parsed[member] = process_recipient().open(parsed.pop("CiphertextForRecipient"))
 
 
 def is_same_key(asked: str, answered: str) -> bool:
-    """Whether the ARN in an answer is the key asked for; an alias names no key, so it cannot be compared."""
+    """Whether the ARN in an answer is the key asked for; an alias names no key, so it cannot be
+    compared.
+    """
     if not is_pinned(asked):
         return True
     return asked == answered or answered.endswith(f":key/{asked}")
 
 
 def is_pinned(key_id: str | None) -> bool:
-    """Whether this names one key: an ARN or an id does, an alias does not (the parent's account resolves it)."""
+    """Whether this names one key: an ARN or an id does, an alias does not (the parent's account
+    resolves it).
+    """
     return key_id is not None and "alias/" not in key_id
 
 
-# ------------------------------------------------------------------------------------------- edges: KMS
+# --------------------------------------------------------------------------------------- edges: KMS
 
 
 @dataclass(frozen=True, slots=True)
 class Kms:
     """KMS as one command meets it; `timeout` is in seconds for a whole call, retries included.
 
-    `vsock` and `imds_vsock` are (CID, port) pairs that carry the connections to KMS and to the metadata service.
+    `vsock` and `imds_vsock` are (CID, port) pairs that carry the connections to KMS and to the
+    metadata service.
     """
 
     region: str
@@ -652,21 +753,29 @@ class Kms:
         deadline = time.monotonic() + self.timeout
         recipient.wait_for_module(self.timeout)
         left = deadline - time.monotonic()
-        return within(left, lambda: self._call(botocore.session.Session(), operation, parameters), self.timeout)
+        return within(
+            left,
+            lambda: self._call(botocore.session.Session(), operation, parameters),
+            self.timeout,
+        )
 
     def call_plainly(self, operation: str, **parameters: object) -> dict[str, Any]:
         """The same without a Recipient, for an operation that has none."""
         import botocore.session
 
         session = botocore.session.Session()
-        return within(self.timeout, lambda: self._call(session, operation, parameters, attest=False))
+        return within(
+            self.timeout, lambda: self._call(session, operation, parameters, attest=False)
+        )
 
     def _call(
         self, session: Any, operation: str, parameters: Mapping[str, object], *, attest: bool = True
     ) -> dict[str, Any]:
         client = self.ready_client(session)
         with translated(session, operation, parameters):
-            answer: dict[str, Any] = getattr(attested(client) if attest else client, operation)(**parameters)
+            answer: dict[str, Any] = getattr(attested(client) if attest else client, operation)(
+                **parameters
+            )
         log.info("KMS answered request %s", answer.get("ResponseMetadata", {}).get("RequestId"))
         return answer
 
@@ -685,7 +794,9 @@ class Kms:
             carry_metadata(session, self.imds_vsock)
 
     def client(self, session: Any, connections: int = 10) -> Any:
-        """A client that keeps so many connections at most; whatever keeps it from being made is configuration."""
+        """A client that keeps so many connections at most; whatever keeps it from being made is
+        configuration.
+        """
         from urllib.parse import urlsplit
 
         from botocore.config import Config
@@ -697,7 +808,9 @@ class Kms:
                 region_name=self.region,
                 endpoint_url=self.endpoint_url,
                 verify=self.ca_bundle,
-                config=Config(connect_timeout=attempt, read_timeout=attempt, max_pool_connections=connections),
+                config=Config(
+                    connect_timeout=attempt, read_timeout=attempt, max_pool_connections=connections
+                ),
             )
             urlsplit(client.meta.endpoint_url).port  # noqa: B018 - a ValueError for one that cannot be
         if self.vsock:
@@ -710,7 +823,10 @@ class Kms:
 
 
 def check_credentials(session: Any) -> None:
-    """Have the session find its credentials now. They are the parent's choice: hostile, and never repeated."""
+    """Have the session find its credentials now.
+
+    They are the parent's choice: hostile, and never repeated.
+    """
     from botocore import exceptions as sdk
 
     try:
@@ -723,29 +839,49 @@ def check_credentials(session: Any) -> None:
         told = expired or isinstance(error, sdk.BotoCoreError | sdk.ClientError)
         reason = str(error) if told else f"they cannot be read ({type(error).__name__})"
         hint = "they are expired: renew them" if expired else _CREDENTIALS_HINT
-        raise _redacted(RefusedError(f"no valid AWS credentials: {reason}", hint), session) from error
+        raise _redacted(
+            RefusedError(f"no valid AWS credentials: {reason}", hint), session
+        ) from error
     if found is None:
         raise RefusedError("no valid AWS credentials: there are none", _CREDENTIALS_HINT)
     for value in (found.access_key, found.secret_key, found.token):
-        if value is not None and not (isinstance(value, str) and value.isascii() and value.isprintable()):
-            raise RefusedError("no valid AWS credentials: they hold what no credentials hold", _CREDENTIALS_HINT)
+        if value is not None and not (
+            isinstance(value, str) and value.isascii() and value.isprintable()
+        ):
+            raise RefusedError(
+                "no valid AWS credentials: they hold what no credentials hold", _CREDENTIALS_HINT
+            )
 
 
-_CREDENTIALS_HINT: Final = "in an enclave the parent must pass them on, and renew them when they expire"
+_CREDENTIALS_HINT: Final = (
+    "in an enclave the parent must pass them on, and renew them when they expire"
+)
 
 
 @contextlib.contextmanager
 def _configuring() -> Iterator[None]:
-    """Let only InputError out of the making of a client, and RefusedError where a profile has no credentials."""
+    """Let only InputError out of the making of a client, and RefusedError where a profile has no
+    credentials.
+    """
     from botocore import exceptions as sdk
 
     try:
         yield
-    except (sdk.ProfileNotFound, sdk.PartialCredentialsError, sdk.CredentialRetrievalError) as error:
+    except (
+        sdk.ProfileNotFound,
+        sdk.PartialCredentialsError,
+        sdk.CredentialRetrievalError,
+    ) as error:
         raise RefusedError(f"no valid AWS credentials: {error}", _CREDENTIALS_HINT) from error
     except Exception as error:
-        reason = str(error) if isinstance(error, sdk.BotoCoreError | ValueError) else type(error).__name__
-        raise InputError(f"client of KMS cannot be made: {reason}", "environment or configuration is wrong") from error
+        reason = (
+            str(error)
+            if isinstance(error, sdk.BotoCoreError | ValueError)
+            else type(error).__name__
+        )
+        raise InputError(
+            f"client of KMS cannot be made: {reason}", "environment or configuration is wrong"
+        ) from error
 
 
 def within(timeout: float, work: Callable[[], _T], told: float | None = None) -> _T:
@@ -757,8 +893,12 @@ def within(timeout: float, work: Callable[[], _T], told: float | None = None) ->
 
 
 @contextlib.contextmanager
-def translated(session: Any, operation: str, parameters: Mapping[str, object] | None = None) -> Iterator[None]:
-    """Let only errors of ours out of a call of this operation, and no credentials of the session in them."""
+def translated(
+    session: Any, operation: str, parameters: Mapping[str, object] | None = None
+) -> Iterator[None]:
+    """Let only errors of ours out of a call of this operation, and no credentials of the session in
+    them.
+    """
     try:
         yield
     except AttestorError:
@@ -773,7 +913,7 @@ def translated(session: Any, operation: str, parameters: Mapping[str, object] | 
 
 
 def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any]) -> RefusedError:
-    """KMS's refusal of a call with these parameters, with what was sent and the likeliest causes."""
+    """KMS's refusal of a call with these parameters, what was sent, and the likeliest causes."""
     from datetime import UTC, datetime
 
     from nsm.refusal import Refusal, clock_skew, explain
@@ -782,7 +922,9 @@ def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any])
     refusal = Refusal(
         code=str(answer.get("Code")),
         message=str(answer.get("Message") or ""),
-        document=process_recipient().last_document if error.operation_name in _SECRET_MEMBER else None,
+        document=process_recipient().last_document
+        if error.operation_name in _SECRET_MEMBER
+        else None,
         key_id=parameters.get("KeyId"),
         context=tuple(parameters.get("EncryptionContext") or ()),
         skew=clock_skew(metadata.get("HTTPHeaders", {}).get("date"), datetime.now(UTC)),
@@ -796,8 +938,9 @@ def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any])
 def _loader() -> Any:
     """The SDK's loader of its own data, in half the time and memory.
 
-    It neither walks over some 400 folders to list the services, nor makes an OrderedDict of each object in the
-    megabyte of endpoints: a dict keeps its order as well. A search path of the environment is not followed.
+    It neither walks over some 400 folders to list the services, nor makes an OrderedDict of each
+    object in the megabyte of endpoints: a dict keeps its order as well. A search path of the
+    environment is not followed.
     """
     import json
 
@@ -813,7 +956,8 @@ def _loader() -> Any:
 
     loader: Any = Loader(file_loader=FileLoader())
     # besides KMS, the services that a source of credentials may call
-    loader.list_available_services = lambda type_name: ["kms", "s3", "sts", "sso", "sso-oidc", "signin"]  # noqa: ARG005
+    services = "kms s3 sts sso sso-oidc signin".split()
+    loader.list_available_services = lambda type_name: services  # noqa: ARG005
     return loader
 
 
@@ -826,14 +970,27 @@ def _translate(error: Exception, operation: str) -> AttestorError | None:  # noq
             return _translate_answer(error, operation)
         case sdk.SSLError():
             return _translate_tls(error)
-        case sdk.ConnectionError() | sdk.HTTPClientError() | sdk.IncompleteReadError() | sdk.MetadataRetrievalError():
+        case (
+            sdk.ConnectionError()
+            | sdk.HTTPClientError()
+            | sdk.IncompleteReadError()
+            | sdk.MetadataRetrievalError()
+        ):
             return UnreachableError(f"KMS cannot be reached: {error}")
-        case sdk.NoCredentialsError() | sdk.PartialCredentialsError() | sdk.CredentialRetrievalError():
+        case (
+            sdk.NoCredentialsError()
+            | sdk.PartialCredentialsError()
+            | sdk.CredentialRetrievalError()
+        ):
             return RefusedError(f"no valid AWS credentials: {error}", _CREDENTIALS_HINT)
         case sdk.ParamValidationError():
             return InputError("KMS would not take these parameters: a length or a type is wrong")
-        case RuntimeError() if "still expired" in str(error):  # botocore.credentials, of what it was given
-            return RefusedError(f"no valid AWS credentials: {error}", "they are expired: renew them")
+        case RuntimeError() if "still expired" in str(
+            error
+        ):  # botocore.credentials, of what it was given
+            return RefusedError(
+                f"no valid AWS credentials: {error}", "they are expired: renew them"
+            )
         case sdk.BotoCoreError():
             return RefusedError(f"KMS cannot be called: {error}")
         case ValueError() | TypeError() | AttributeError() | LookupError():
@@ -847,7 +1004,10 @@ def _translate_answer(error: Any, operation: str) -> AttestorError:
     answer = error.response.get("Error", {})
     metadata = error.response.get("ResponseMetadata", {})
     code, message = str(answer.get("Code") or "unknown error"), str(answer.get("Message") or "")
-    said = ": ".join(filter(None, (code, message))) + f" (request id {metadata.get('RequestId') or 'none'})"
+    said = (
+        ": ".join(filter(None, (code, message)))
+        + f" (request id {metadata.get('RequestId') or 'none'})"
+    )
     if code in _TRANSIENT or metadata.get("HTTPStatusCode", 0) >= 500:
         return UnreachableError(f"KMS cannot answer now: {said}")
     return RefusedError(f"KMS refused to {operation.replace('_', ' ')}: {said}")
@@ -856,7 +1016,9 @@ def _translate_answer(error: Any, operation: str) -> AttestorError:
 def _translate_tls(error: Exception) -> AttestorError:
     import ssl
 
-    from urllib3.util.ssl_match_hostname import CertificateError  # a wrong name, found by urllib3 and not by ssl
+    from urllib3.util.ssl_match_hostname import (
+        CertificateError,
+    )  # a wrong name, found by urllib3 and not by ssl
 
     found = list(causes(error))
     if any(isinstance(cause, ssl.SSLCertVerificationError | CertificateError) for cause in found):
@@ -864,10 +1026,11 @@ def _translate_tls(error: Exception) -> AttestorError:
             f"certificate of KMS is not valid: {error}",
             "somebody may be in the middle; AWS_CA_BUNDLE names the roots to trust",
         )
-    if any(isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError) or _is_no_bundle(cause)
-           for cause in found):  # fmt: skip
+    unreadable = FileNotFoundError | PermissionError | IsADirectoryError
+    if any(isinstance(cause, unreadable) or _is_no_bundle(cause) for cause in found):
         return InputError(
-            f"CA bundle cannot be read: {error}", "AWS_CA_BUNDLE or ca_bundle in the configuration names it"
+            f"CA bundle cannot be read: {error}",
+            "AWS_CA_BUNDLE or ca_bundle in the configuration names it",
         )
     return UnreachableError(f"no TLS with KMS: {error}")
 
@@ -888,20 +1051,24 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _redacted(error: AttestorError, session: Any) -> AttestorError:
-    """The error without the credentials: signature errors of AWS may echo the request that was signed."""
+    """The error without the credentials: signature errors of AWS may echo the request that was
+    signed.
+    """
     credentials = session._credentials
     if credentials is None:
         return error
     message = str(error)
     for name, secret in vars(credentials).items():  # as properties they might be refreshed
         if secret and isinstance(secret, str) and name.strip("_") in {"secret_key", "token"}:
-            message = message.replace(secret, "[redacted]").replace(repr(secret)[1:-1], "[redacted]")
+            message = message.replace(secret, "[redacted]").replace(
+                repr(secret)[1:-1], "[redacted]"
+            )
     redacted = type(error)(message, *error.hints)
     redacted.notes = error.notes
     return redacted
 
 
-# ------------------------------------------------------------------------------------- edges: files and streams
+# ------------------------------------------------------------------------- edges: files and streams
 
 
 class Readable(Protocol):
@@ -913,7 +1080,9 @@ class Readable(Protocol):
 
 
 class Message:
-    """A stream that starts as a message of the AWS Encryption SDK does: its head, which was read, and the rest."""
+    """A stream that starts as a message of the AWS Encryption SDK does: its head, which was read,
+    and the rest.
+    """
 
     def __init__(self, head: bytes, rest: Readable) -> None:
         self._head, self._rest = head, rest
@@ -931,8 +1100,8 @@ class Message:
 def is_message(head: bytes) -> bool:
     """Whether these are the first bytes of a message of the AWS Encryption SDK, formats 1 and 2.
 
-    Version 1 has a type (0x80) and then the algorithm, version 2 the algorithm (AWS Encryption SDK message format
-    reference); a symmetric CiphertextBlob starts with 01 02.
+    Version 1 has a type (0x80) and then the algorithm, version 2 the algorithm (AWS Encryption SDK
+    message format reference); a symmetric CiphertextBlob starts with 01 02.
     """
     return head[:2] == b"\x01\x80" or head[:3] in {b"\x02\x04\x78", b"\x02\x05\x78"}
 
@@ -943,7 +1112,9 @@ def read_ciphertext(path: str, *, base64_text: bool, message: bool = False) -> b
     With `message`, a message of the AWS Encryption SDK is returned as the open stream that it is.
     """
     what = "standard input" if path == "-" else path
-    head, rest = read_head(path, (2 * CIPHERTEXT_MAX if base64_text else CIPHERTEXT_MAX) + 1, f"ciphertext {what}")
+    head, rest = read_head(
+        path, (2 * CIPHERTEXT_MAX if base64_text else CIPHERTEXT_MAX) + 1, f"ciphertext {what}"
+    )
     if message and not base64_text and is_message(head):
         return Message(head, rest)
     rest.close()
@@ -955,25 +1126,33 @@ def check_ciphertext(data: bytes, what: str, *, base64_text: bool) -> bytes:
     if not data.strip():
         raise InputError(f"ciphertext {what} is empty")
     if base64_text and len(data) > 2 * CIPHERTEXT_MAX:
-        raise InputError(f"ciphertext {what} is longer than the {CIPHERTEXT_MAX} bytes that KMS takes")
+        raise InputError(
+            f"ciphertext {what} is longer than the {CIPHERTEXT_MAX} bytes that KMS takes"
+        )
     if base64_text:
         data = _decode_base64(data, what)
     elif _BASE64.fullmatch(data.rstrip()):
-        raise InputError(f"ciphertext {what} is base64 text, not the bytes it stands for", "add --base64")
+        raise InputError(
+            f"ciphertext {what} is base64 text, not the bytes it stands for", "add --base64"
+        )
     if len(data) > CIPHERTEXT_MAX:
-        raise InputError(f"ciphertext {what} is longer than the {CIPHERTEXT_MAX} bytes that KMS takes")
+        raise InputError(
+            f"ciphertext {what} is longer than the {CIPHERTEXT_MAX} bytes that KMS takes"
+        )
     return data
 
 
 def read_bounded(path: str, limit: int, what: str) -> bytes:
-    """At most so many bytes of a file or ("-") of standard input; raises InputError, which says `what` it is."""
+    """At most so many bytes of a file or ("-") of standard input; raises InputError, which says
+    `what` it is.
+    """
     head, source = read_head(path, limit, what)
     source.close()
     return head
 
 
 def read_head(path: str, limit: int, what: str) -> tuple[bytes, IO[bytes]]:
-    """The first bytes, and the stream behind them, which stays open as long as somebody holds it."""
+    """The first bytes, and the stream behind them, which stays open while somebody holds it."""
     try:
         descriptor = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         source = open(descriptor, "rb", closefd=path != "-")  # noqa: SIM115 - the caller reads on
@@ -996,7 +1175,9 @@ def _decode_base64(text: bytes, what: str) -> bytes:
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP as an exception, up to the point of no return: behind it they come too late."""
+    """SIGINT, SIGTERM and SIGHUP as an exception, up to the point of no return: behind it they come
+    too late.
+    """
 
     late = False
 
@@ -1010,7 +1191,9 @@ class Signals:
         self.late = False
 
     def point_of_no_return(self) -> None:
-        """From here on the process ends with its result; handlers run in this thread, so there is no window."""
+        """From here on the process ends with its result; handlers run in this thread, so there is
+        no window.
+        """
         self.late = True
 
     def _interrupt(self, number: int, _frame: FrameType | None) -> None:
@@ -1023,7 +1206,10 @@ signals = Signals()
 
 
 class Target(Protocol):
-    """Where a secret goes. Entering checks what can be checked; leaving without `write` leaves nothing."""
+    """Where a secret goes.
+
+    Entering checks what can be checked; leaving without `write` leaves nothing.
+    """
 
     def write(self, secret: bytes) -> None:
         """Put the secret in its place, whole or not at all; raises OutputError."""
@@ -1044,7 +1230,10 @@ class Target(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None: ...
 
 
@@ -1060,7 +1249,9 @@ class StandardOutput:
         if sys.stdout is None:
             raise OutputError("standard output is closed")
         if os.isatty(1):
-            raise InputError("refusing to write a secret to a terminal", "name a file, or pipe it into a program")
+            raise InputError(
+                "refusing to write a secret to a terminal", "name a file, or pipe it into a program"
+            )
         self._held: list[bytes] = []
 
     def write(self, secret: bytes) -> None:
@@ -1088,22 +1279,29 @@ class StandardOutput:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         pass
 
 
 class SecretFile:
-    """A file that is absent or complete at any moment, durable when it is there; mode 0600 until it is complete.
+    """A file that is absent or complete at any moment, durable when it is there; mode 0600 until it
+    is complete.
 
-    An unnamed file (O_TMPFILE) gets its name by linkat when it is written and synced: until then even SIGKILL leaves
-    nothing. A file system without them, or a missing /proc, gets a temporary name in the same folder instead. The
-    folder is held open, so that nobody can swap it in between; a symbolic link as the target is never followed.
-    Leaving with an error takes back what was placed; what it replaced comes back too if it was kept. SIGKILL amid a
-    replacement may leave a second name of the old file, never a part of the new one.
+    An unnamed file (O_TMPFILE) gets its name by linkat when it is written and synced: until then
+    even SIGKILL leaves nothing. A file system without them, or a missing /proc, gets a temporary
+    name in the same folder instead. The folder is held open, so that nobody can swap it in between;
+    a symbolic link as the target is never followed. Leaving with an error takes back what was
+    placed; what it replaced comes back too if it was kept. SIGKILL amid a replacement may leave a
+    second name of the old file, never a part of the new one.
     """
 
-    def __init__(self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)) -> None:
+    def __init__(
+        self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
+    ) -> None:
         self._path = path
         self._force = force
         self._mode, self._owner = mode, owner
@@ -1177,7 +1375,9 @@ class SecretFile:
             raise self._failed(error) from error
 
     def place(self, *, keep: bool = False) -> None:
-        """Give the file its name, durably; `keep` what it replaces, for `take_back`, until `settle`."""
+        """Give the file its name, durably; `keep` what it replaces, for `take_back`, until
+        `settle`.
+        """
         try:
             if keep and self._force:
                 self._keep()
@@ -1203,21 +1403,33 @@ class SecretFile:
         """Give what will be replaced a second name."""
         self._kept = _random_name()
         try:
-            os.link(self._name, self._kept, src_dir_fd=self._folder, dst_dir_fd=self._folder, follow_symlinks=False)
+            os.link(
+                self._name,
+                self._kept,
+                src_dir_fd=self._folder,
+                dst_dir_fd=self._folder,
+                follow_symlinks=False,
+            )
         except FileNotFoundError:  # there is nothing to replace
             self._kept = None
 
     def settle(self) -> None:
-        """Let go of what was replaced; until exec or the end its contents stay at hand for `take_back`."""
+        """Let go of what was replaced; until exec or the end its contents stay at hand for
+        `take_back`.
+        """
         if self._kept is not None:
             with contextlib.suppress(OSError):  # ELOOP: a symbolic link
-                self._old = os.open(self._kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
+                self._old = os.open(
+                    self._kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder
+                )
             with contextlib.suppress(OSError):
                 os.unlink(self._kept, dir_fd=self._folder)
             self._kept = None
 
     def take_back(self) -> None:
-        """Remove the placed file, or put back what it replaced; what somebody else put there meanwhile stays."""
+        """Remove the placed file, or put back what it replaced; what somebody else put there
+        meanwhile stays.
+        """
         with contextlib.suppress(OSError):
             if self._is_placed() and self._old >= 0:
                 self._kept = self._copy_of_old()
@@ -1249,11 +1461,14 @@ class SecretFile:
         return os.path.samestat(placed, os.fstat(self._file))
 
     def _link(self, name: str) -> None:
-        # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which is what open(2) prescribes for O_TMPFILE
+        # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which is what open(2)
+        # prescribes for O_TMPFILE
         os.link(f"/proc/self/fd/{self._file}", name, dst_dir_fd=self._folder, follow_symlinks=True)
 
     def _open(self, name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._folder)
+        return os.open(
+            name, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._folder
+        )
 
     def _new_name(self) -> str:
         self._temporary = _random_name()
@@ -1267,7 +1482,10 @@ class SecretFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is not None:
             self.take_back()
@@ -1286,14 +1504,15 @@ def _random_name() -> str:
 def _no_tmpfile_errors() -> frozenset[int]:
     import errno
 
-    # open(2): EOPNOTSUPP by a file system without it, EISDIR and ENOENT by kernels and overlays without it
+    # open(2): EOPNOTSUPP by a file system without it, EISDIR and ENOENT by kernels and overlays
+    # without it
     return frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
 
 
 _NO_TMPFILE: Final = _no_tmpfile_errors()
 
 
-# ----------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 class _Cli(click.Group):
@@ -1328,16 +1547,26 @@ def _report(error: Exception) -> int:
             return InputError.status
         case click.ClickException():
             message = error.format_message().rstrip(".")
-            return _fail(InputError.status, message[:1].lower() + message[1:], "--help shows arguments and options")
+            return _fail(
+                InputError.status,
+                message[:1].lower() + message[1:],
+                "--help shows arguments and options",
+            )
     # its message may hold anything: say only where it happened
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
     file = os.path.basename(trace.tb_frame.f_code.co_filename) if trace else "nowhere"
-    if isinstance(error, OSError) and trace and trace.tb_frame.f_code is click.echo.__code__:  # of a help text
+    if (
+        isinstance(error, OSError) and trace and trace.tb_frame.f_code is click.echo.__code__
+    ):  # of a help text
         return _fail(OutputError.status, f"standard output cannot be written: {error.strerror}")
     where = f"{file}:{trace.tb_lineno}" if trace else file
-    return _fail(1, f"unexpected {type(error).__name__} at {where}", "this is a bug in attestor: please report it")
+    return _fail(
+        1,
+        f"unexpected {type(error).__name__} at {where}",
+        "this is a bug in attestor: please report it",
+    )
 
 
 def _fail(status: int, message: str, *hints: str, notes: Sequence[str] = ()) -> int:
@@ -1350,7 +1579,9 @@ def _fail(status: int, message: str, *hints: str, notes: Sequence[str] = ()) -> 
 
 
 def _say(kind: str, message: str) -> None:
-    """One line on stderr; what a parent or a server put into it cannot add lines or steer a terminal."""
+    """One line on stderr; what a parent or a server put into it cannot add lines or steer a
+    terminal.
+    """
     line = "".join(character if character.isprintable() else " " for character in message)
     with contextlib.suppress(OSError):  # a log that is full or gone must not change what happens
         click.echo(f"attestor: {kind}: {line}", err=True)
@@ -1362,7 +1593,7 @@ class _Notes(logging.Handler):
 
 
 def _set_verbose(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
-    """Let our own logger speak, and no other: the SDK's loggers print requests and answers whole."""
+    """Let our own logger speak and no other: the SDK's loggers print requests and answers whole."""
     if verbose:
         log.handlers = [_Notes()]
         log.setLevel(logging.INFO)
@@ -1396,11 +1627,15 @@ def parse_endpoint(url: str | None, what: str) -> str | None:
     if url is not None and not url.lower().startswith("https://"):
         raise InputError(f"{what} is not https", "TLS is what authenticates the answer of KMS")
     if url is not None and not _ENDPOINT.fullmatch(url):
-        raise InputError(f"{what} {url} is no endpoint, such as https://kms.eu-west-1.amazonaws.com")
+        raise InputError(
+            f"{what} {url} is no endpoint, such as https://kms.eu-west-1.amazonaws.com"
+        )
     return url
 
 
-def _vsock(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+def _vsock(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> tuple[int, int] | None:
     if text is None:
         return None
     from injection.vsock import parse_address
@@ -1408,7 +1643,9 @@ def _vsock(_context: click.Context, _option: click.Parameter, text: str | None) 
     return parse_address(text)
 
 
-def _encryption_context(_context: click.Context, _option: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
+def _encryption_context(
+    _context: click.Context, _option: click.Parameter, pairs: Sequence[str]
+) -> dict[str, str]:
     """NAME=VALUE pairs as KMS's encryption context; values are not repeated in messages."""
     context: dict[str, str] = {}
     for pair in pairs:
@@ -1431,17 +1668,27 @@ def parse_key_id(key_id: str | None, what: str) -> str | None:
         return key_id
     arn = _ARN.fullmatch(key_id)
     resource = arn[2] if arn else ""
-    if not ((resource.startswith("key/") and _KEY_ID.fullmatch(resource[4:])) or _ALIAS.fullmatch(resource)):
+    if not (
+        (resource.startswith("key/") and _KEY_ID.fullmatch(resource[4:]))
+        or _ALIAS.fullmatch(resource)
+    ):
         raise InputError(f"{what} {key_id} is no key ARN, key id or alias")
     return key_id
 
 
 def resolve_region(option: str | None, key_id: str | None, environment: Mapping[str, str]) -> str:
-    """The region from the option, the environment or the key's ARN; there is no default, and they must agree."""
+    """The region from the option, the environment or the key's ARN; there is no default, and they
+    must agree.
+    """
     arn = _ARN.fullmatch(key_id or "")
     if option == "":
         raise InputError("--region is empty")
-    region = option or environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or (arn and arn[1])
+    region = (
+        option
+        or environment.get("AWS_REGION")
+        or environment.get("AWS_DEFAULT_REGION")
+        or (arn and arn[1])
+    )
     if not region:
         raise InputError("no region", "give --region, set AWS_REGION, or name the key by its ARN")
     if not _REGION.fullmatch(region):
@@ -1451,43 +1698,90 @@ def resolve_region(option: str | None, key_id: str | None, environment: Mapping[
     return region
 
 
-# fmt: off
 _MODULE_OPTIONS: Final = (
-    click.option("--nsm-library", metavar="FILE", callback=_set_library, expose_value=False,
-        help="patched libnsm.so, which must work  [env: NSM_LIBRARY]"),
-    click.option("-v", "--verbose", is_flag=True, callback=_set_verbose, expose_value=False,
-        help="say on stderr what is done"),
+    click.option(
+        "--nsm-library",
+        metavar="FILE",
+        callback=_set_library,
+        expose_value=False,
+        help="patched libnsm.so, which must work  [env: NSM_LIBRARY]",
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        callback=_set_verbose,
+        expose_value=False,
+        help="say on stderr what is done",
+    ),
 )
 _KMS_OPTIONS: Final = (
-    click.option("--region", metavar="REGION",
-        help="AWS region of the key  [env: AWS_REGION, AWS_DEFAULT_REGION]"),
-    click.option("--key-id", metavar="KEY", callback=_key, help="key ARN or id that must answer (or an alias)"),
+    click.option(
+        "--region",
+        metavar="REGION",
+        help="AWS region of the key  [env: AWS_REGION, AWS_DEFAULT_REGION]",
+    ),
+    click.option(
+        "--key-id",
+        metavar="KEY",
+        callback=_key,
+        help="key ARN or id that must answer (or an alias)",
+    ),
     click.option("--any-key", is_flag=True, help="accept any key, and do not warn about it"),
-    click.option("--context", "encryption_context", metavar="NAME=VALUE", multiple=True,
-        callback=_encryption_context, help="encryption context, repeatable"),
-    click.option("--grant-token", "grant_tokens", metavar="TOKEN", multiple=True, help="grant token, repeatable"),
-    click.option("--endpoint-url", metavar="URL", callback=_https, help="another endpoint, https only"),
-    click.option("--timeout", metavar="SECONDS", default=f"{DEFAULT_TIMEOUT:g}", callback=_seconds,
-        help=f"for the whole call, retries included  [default: {DEFAULT_TIMEOUT:g}]"),
+    click.option(
+        "--context",
+        "encryption_context",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_encryption_context,
+        help="encryption context, repeatable",
+    ),
+    click.option(
+        "--grant-token",
+        "grant_tokens",
+        metavar="TOKEN",
+        multiple=True,
+        help="grant token, repeatable",
+    ),
+    click.option(
+        "--endpoint-url", metavar="URL", callback=_https, help="another endpoint, https only"
+    ),
+    click.option(
+        "--timeout",
+        metavar="SECONDS",
+        default=f"{DEFAULT_TIMEOUT:g}",
+        callback=_seconds,
+        help=f"for the whole call, retries included  [default: {DEFAULT_TIMEOUT:g}]",
+    ),
 )
 _VSOCK_OPTIONS: Final = (
-    click.option("--vsock", metavar="CID:PORT", callback=_vsock,
-        help="reach KMS through the parent's vsock-proxy"),
-    click.option("--imds-vsock", metavar="CID:PORT", callback=_vsock,
-        help="reach the instance metadata service so, for credentials and region"),
+    click.option(
+        "--vsock",
+        metavar="CID:PORT",
+        callback=_vsock,
+        help="reach KMS through the parent's vsock-proxy",
+    ),
+    click.option(
+        "--imds-vsock",
+        metavar="CID:PORT",
+        callback=_vsock,
+        help="reach the instance metadata service so, for credentials and region",
+    ),
 )
 _NAMED_KMS_OPTIONS: Final = dict(
     zip(
         "region key_id any_key encryption_context grant_tokens endpoint_url timeout".split(),
-        _KMS_OPTIONS, strict=True,
+        _KMS_OPTIONS,
+        strict=True,
     )
 )
 _WITHOUT_KEY: Final = frozenset({"region", "endpoint_url", "timeout"})
 _FORCE: Final = click.option("-f", "--force", is_flag=True, help="replace what exists")
-# fmt: on
 
 
-def _options(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _options(
+    options: Sequence[Callable[..., Any]],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command several options at once, in this order."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -1499,7 +1793,9 @@ def _options(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., A
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, message="%(prog)s %(version)s", help="print the version and exit")
+@click.version_option(
+    __version__, message="%(prog)s %(version)s", help="print the version and exit"
+)
 def cli() -> None:
     """Get KMS secrets into an AWS Nitro Enclave so that nobody outside it could have read them."""
 
@@ -1538,23 +1834,30 @@ def decrypt(
       attestor decrypt --key-id arn:aws:kms:...:key/... secret.enc /run/secrets/db
       attestor decrypt --region eu-west-1 --any-key - - < secret.enc | consumer
 
-    CIPHERTEXT is a file with the bytes of a CiphertextBlob, at most 6144, or with a message of the AWS Encryption
-    SDK of any length; "-" reads standard input. OUTPUT is created with mode 0600 and is complete or absent at any
-    moment; "-" writes to standard output.
+    CIPHERTEXT is a file with the bytes of a CiphertextBlob, at most 6144, or with a message of the
+    AWS Encryption SDK of any length; "-" reads standard input. OUTPUT is created with mode 0600 and
+    is complete or absent at any moment; "-" writes to standard output.
 
-    Exit status: 0 done, 1 bug, 2 usage, 3 no module, 4 KMS refused, 5 try again, 6 not authentic, 7 output.
+    Exit status: 0 done, 1 bug, 2 usage, 3 no module, 4 KMS refused, 5 try again, 6 not authentic, 7
+    output.
     """
     _check_key_options(key_id, any_key=any_key, algorithm=algorithm)
     kms = connect(key_id, region, endpoint_url, timeout, vsock, imds_vsock)
-    blob = read_ciphertext(ciphertext, base64_text=base64_text, message=algorithm in {None, "SYMMETRIC_DEFAULT"})
+    blob = read_ciphertext(
+        ciphertext, base64_text=base64_text, message=algorithm in {None, "SYMMETRIC_DEFAULT"}
+    )
     if signed and not isinstance(blob, Message):
-        raise InputError("--signed wants a message of the AWS Encryption SDK: a CiphertextBlob has no signature")
+        raise InputError(
+            "--signed wants a message of the AWS Encryption SDK: a CiphertextBlob has no signature"
+        )
     with open_target(output, force=force) as target:
         warn_unless_pinned(key_id, any_key=any_key)
         if isinstance(blob, Message):
             from injection.esdk import decrypt_alone
 
-            decrypt_alone(kms, blob, target, key_id, encryption_context, grant_tokens, signed=signed)
+            decrypt_alone(
+                kms, blob, target, key_id, encryption_context, grant_tokens, signed=signed
+            )
             return
         answer = kms.call(
             "decrypt",
@@ -1574,18 +1877,33 @@ def connect(
     imds_vsock: tuple[int, int] | None,
     ca_bundle: str | None = None,
 ) -> Kms:
-    """KMS as the options name it; the metadata service is asked for the region only if nothing else says it."""
-    if imds_vsock and not (region or _ARN.fullmatch(key_id or "") or os.environ.keys() & _REGION_VARIABLES):
+    """KMS as the options name it; the metadata service is asked for the region only if nothing else
+    says it.
+    """
+    if imds_vsock and not (
+        region or _ARN.fullmatch(key_id or "") or os.environ.keys() & _REGION_VARIABLES
+    ):
         from injection.metadata import region as region_of
 
         region = region_of(imds_vsock)
-    return Kms(resolve_region(region, key_id, os.environ), endpoint_url, timeout, vsock, imds_vsock, ca_bundle)
+    return Kms(
+        resolve_region(region, key_id, os.environ),
+        endpoint_url,
+        timeout,
+        vsock,
+        imds_vsock,
+        ca_bundle,
+    )
 
 
 def warn_unless_pinned(key_id: str | None, *, any_key: bool) -> None:
     """Say that the parent may have chosen the key, unless one is pinned or that is meant."""
     if not (any_key or is_pinned(key_id)):
-        _say("warning", "no key is pinned: the parent may have chosen ciphertext and key; give --key-id or --any-key")
+        _say(
+            "warning",
+            "no key is pinned: the parent may have chosen ciphertext and key; give --key-id or "
+            "--any-key",
+        )
 
 
 def given(**parameters: object) -> dict[str, object]:
@@ -1599,10 +1917,13 @@ def _check_key_options(key_id: str | None, *, any_key: bool, algorithm: str | No
     if algorithm is not None and algorithm not in _ALGORITHMS:
         raise InputError(f"--algorithm {algorithm} is none of {', '.join(_ALGORITHMS)}")
     if algorithm not in {None, "SYMMETRIC_DEFAULT"} and key_id is None:
-        raise InputError(f"--algorithm {algorithm} needs --key-id: an asymmetric ciphertext does not name its key")
+        raise InputError(
+            f"--algorithm {algorithm} needs --key-id: an asymmetric ciphertext does not name its "
+            "key"
+        )
 
 
-# ------------------------------------------------------------------- commands: evidence, key policies, doctor
+# --------------------------------------------------------- commands: evidence, key policies, doctor
 
 _FILE_MAX: Final = 256 << 10  # of documents, policies, measurements and certificates
 _UNDETERMINED: Final = 8  # exit status of policy explain, and no error
@@ -1610,25 +1931,36 @@ _UNDETERMINED: Final = 8  # exit status of policy explain, and no error
 _DOCUMENT_HINTS: Final = {
     "format": "a document is binary, as attestor attest writes it: decode base64 text first",
     "root": "--root FILE trusts another root; nitrosim's is in $NITROSIM_NSM_ROOT",
-    "validity": "a document is valid for three hours: --at document verifies it at its own timestamp, --at TIME then",
+    "validity": (
+        "a document is valid for three hours: --at document verifies it at its own "
+        "timestamp, --at TIME then"
+    ),
     "debug_mode": "--allow-debug accepts it, for tests",
     "pcrs": "another image, kernel or instance: compare with what nitro-cli build-enclave printed",
 }
-
-# fmt: off
 _FIELD_OPTIONS: Final = (
     click.option("--nonce", metavar="VALUE", help="hexadecimal, or @FILE"),
     click.option("--user-data", metavar="VALUE", help="hexadecimal, or @FILE"),
     click.option("--public-key", metavar="VALUE", help="hexadecimal, or @FILE"),
 )
-_ROOT_OPTION: Final = click.option("--root", metavar="FILE",
-    help="certificate to trust, PEM or DER  [default: AWS Nitro Enclaves root G1]")
-_JSON_OPTION: Final = click.option("--json", "as_json", is_flag=True, help="print JSON, as the README describes it")
-_BASE64_OPTION: Final = click.option("--base64", "in_base64", is_flag=True,
-    help="show PCRs in base64, as CloudTrail does")
-_PCR_OPTION: Final = click.option("--pcr", "pcrs", metavar="N=HEX", multiple=True,
-    help="value of a PCR (base64 is taken too), repeatable")
-# fmt: on
+_ROOT_OPTION: Final = click.option(
+    "--root",
+    metavar="FILE",
+    help="certificate to trust, PEM or DER  [default: AWS Nitro Enclaves root G1]",
+)
+_JSON_OPTION: Final = click.option(
+    "--json", "as_json", is_flag=True, help="print JSON, as the README describes it"
+)
+_BASE64_OPTION: Final = click.option(
+    "--base64", "in_base64", is_flag=True, help="show PCRs in base64, as CloudTrail does"
+)
+_PCR_OPTION: Final = click.option(
+    "--pcr",
+    "pcrs",
+    metavar="N=HEX",
+    multiple=True,
+    help="value of a PCR (base64 is taken too), repeatable",
+)
 
 
 @contextlib.contextmanager
@@ -1644,7 +1976,9 @@ def _evidence_errors() -> Iterator[None]:
         raise InputError(str(error)) from error
     except DocumentError as error:
         hints = [_DOCUMENT_HINTS[error.check]] if error.check in _DOCUMENT_HINTS else []
-        raise NotAuthenticError(f"document refused, {error.check.replace('_', ' ')}: {error}", *hints) from error
+        raise NotAuthenticError(
+            f"document refused, {error.check.replace('_', ' ')}: {error}", *hints
+        ) from error
 
 
 def _read_file(path: str, what: str, limit: int = _FILE_MAX) -> bytes:
@@ -1670,7 +2004,9 @@ def _roots(path: str | None) -> list[bytes]:
     from nsm.arguments import parse_root
     from nsm.document import AWS_ROOT_G1_SHA256
 
-    return [parse_root(_read_file(path, f"root {path}"))] if path is not None else [AWS_ROOT_G1_SHA256]
+    return (
+        [parse_root(_read_file(path, f"root {path}"))] if path is not None else [AWS_ROOT_G1_SHA256]
+    )
 
 
 def _print(report: dict[str, Any], text: Callable[[dict[str, Any]], str], *, as_json: bool) -> None:
@@ -1691,7 +2027,9 @@ def _print(report: dict[str, Any], text: Callable[[dict[str, Any]], str], *, as_
 @_options(_FIELD_OPTIONS)
 @click.option("-f", "--force", is_flag=True, help="replace OUTPUT if it exists")
 @_options(_MODULE_OPTIONS)
-def attest(output: str, nonce: str | None, user_data: str | None, public_key: str | None, force: bool) -> None:
+def attest(
+    output: str, nonce: str | None, user_data: str | None, public_key: str | None, force: bool
+) -> None:
     """Write an attestation document of this enclave.
 
     \b
@@ -1699,7 +2037,8 @@ def attest(output: str, nonce: str | None, user_data: str | None, public_key: st
       attestor attest --nonce 00112233445566778899aabbccddeeff document
       attestor attest --public-key @key.der - | ship-it
 
-    OUTPUT is created as decrypt does; "-" writes to standard output. The three fields share some 4000 bytes.
+    OUTPUT is created as decrypt does; "-" writes to standard output. The three fields share some
+    4000 bytes.
     """
     with _evidence_errors():
         fields = _fields(nonce=nonce, user_data=user_data, public_key=public_key)
@@ -1718,8 +2057,13 @@ def describe(in_base64: bool, as_json: bool) -> None:
 
     def look(module: Any) -> dict[str, Any]:
         description = module.describe()
-        pcrs = {index: module.describe_pcr(index) for index in range(min(description.max_pcrs, PCRS_MAX))}
-        return report.description_object(description, pcrs, module.transport_name, in_base64=in_base64)
+        pcrs = {
+            index: module.describe_pcr(index)
+            for index in range(min(description.max_pcrs, PCRS_MAX))
+        }
+        return report.description_object(
+            description, pcrs, module.transport_name, in_base64=in_base64
+        )
 
     _print(_with_module(look), report.description_text, as_json=as_json)
 
@@ -1727,11 +2071,15 @@ def describe(in_base64: bool, as_json: bool) -> None:
 @cli.command()
 @click.argument("document")
 @_PCR_OPTION
-@click.option("--measurements", metavar="FILE", help="expect the PCRs that nitro-cli build-enclave printed")
+@click.option(
+    "--measurements", metavar="FILE", help="expect the PCRs that nitro-cli build-enclave printed"
+)
 @click.option("--any-image", is_flag=True, help="expect no PCR, and say that this is meant")
 @_options(_FIELD_OPTIONS)
 @click.option("--module-id", metavar="ID", help="expect this module")
-@click.option("--at", metavar="TIME", help='of verification; "document": when it was signed  [default: now]')
+@click.option(
+    "--at", metavar="TIME", help='of verification; "document": when it was signed  [default: now]'
+)
 @click.option("--max-age", metavar="SECONDS", help="between the document's timestamp and now")
 @click.option("--allow-debug", is_flag=True, help="accept an enclave in debug mode")
 @_ROOT_OPTION
@@ -1756,8 +2104,9 @@ def verify(
       attestor verify --measurements build.json --nonce 00112233445566778899aabbccddeeff document
       attestor verify --any-image --at document old-document
 
-    A nonce that you chose, or --max-age, tells a fresh document from a replayed one. Revocation is not checked, as the
-    specification of the format says. A document that is refused prints nothing but the error.
+    A nonce that you chose, or --max-age, tells a fresh document from a replayed one. Revocation is
+    not checked, as the specification of the format says. A document that is refused prints nothing
+    but the error.
     """
     from datetime import UTC, datetime
 
@@ -1767,7 +2116,10 @@ def verify(
     from nsm.document import verify as verify_document
 
     if max_age is not None and at == "document":
-        raise InputError("--max-age contradicts --at document, at which every document is new", "leave one of them out")
+        raise InputError(
+            "--max-age contradicts --at document, at which every document is new",
+            "leave one of them out",
+        )
     if not (pcrs or measurements or any_image):
         hint = "give --pcr or --measurements, or --any-image if that is meant"
         raise InputError("no PCR is expected: every genuine enclave's document would pass", hint)
@@ -1806,23 +2158,69 @@ def policy() -> None:
 
 
 @policy.command()
-@click.option("--principal", "principals", metavar="ARN", multiple=True, required=True,
-    help="role of the enclave's parent instance, repeatable")  # fmt: skip
-@click.option("--admin", "admins", metavar="ARN", multiple=True, required=True,
-    help="who manages the key without using it, repeatable")  # fmt: skip
-@click.option("--encryptor", "encryptors", metavar="ARN", multiple=True, help="who may encrypt only, repeatable")
-@click.option("--action", "actions", metavar="ACTION", multiple=True, default=["kms:Decrypt"],
-    help="what an enclave may do, repeatable  [default: kms:Decrypt]")  # fmt: skip
+@click.option(
+    "--principal",
+    "principals",
+    metavar="ARN",
+    multiple=True,
+    required=True,
+    help="role of the enclave's parent instance, repeatable",
+)
+@click.option(
+    "--admin",
+    "admins",
+    metavar="ARN",
+    multiple=True,
+    required=True,
+    help="who manages the key without using it, repeatable",
+)
+@click.option(
+    "--encryptor",
+    "encryptors",
+    metavar="ARN",
+    multiple=True,
+    help="who may encrypt only, repeatable",
+)
+@click.option(
+    "--action",
+    "actions",
+    metavar="ACTION",
+    multiple=True,
+    default=["kms:Decrypt"],
+    help="what an enclave may do, repeatable  [default: kms:Decrypt]",
+)
 @_PCR_OPTION
-@click.option("--measurements", metavar="FILE", multiple=True, help="an image, as nitro-cli printed it, repeatable")
-@click.option("--document", "documents", metavar="FILE", multiple=True, help="an image, by a document, repeatable")
-@click.option("--take", metavar="N", multiple=True, type=click.IntRange(0, 31), default=[0, 1, 2, 8],
-    help="PCR to take from those, repeatable  [default: 0, 1, 2, 8]")  # fmt: skip
+@click.option(
+    "--measurements",
+    metavar="FILE",
+    multiple=True,
+    help="an image, as nitro-cli printed it, repeatable",
+)
+@click.option(
+    "--document",
+    "documents",
+    metavar="FILE",
+    multiple=True,
+    help="an image, by a document, repeatable",
+)
+@click.option(
+    "--take",
+    metavar="N",
+    multiple=True,
+    type=click.IntRange(0, 31),
+    default=[0, 1, 2, 8],
+    help="PCR to take from those, repeatable  [default: 0, 1, 2, 8]",
+)
 @click.option("--role-arn", metavar="ARN", help="computes PCR3")
 @click.option("--instance-id", metavar="ID", help="computes PCR4")
 @click.option("--signing-certificate", metavar="FILE", help="computes PCR8")
-@click.option("--bind", "binds", metavar="NAME=VALUE:WHO", multiple=True,
-    help="a context value for one role's ARN or instance's id only, repeatable")  # fmt: skip
+@click.option(
+    "--bind",
+    "binds",
+    metavar="NAME=VALUE:WHO",
+    multiple=True,
+    help="a context value for one role's ARN or instance's id only, repeatable",
+)
 @_ROOT_OPTION
 def render(
     principals: tuple[str, ...],
@@ -1840,9 +2238,10 @@ def render(
       attestor policy render --principal ROLE --admin ROLE --signing-certificate cert.pem
       attestor policy render --principal ROLE --admin ROLE --pcr 0=OLD --pcr 0=NEW
 
-    A PCR that is named again begins another image, for a roll-over. PCR8 survives new builds, but admits every older
-    image signed with that certificate; PCR0, or PCR1 with PCR2, must be renewed at each build; the other PCRs alone
-    tell no image from another and are refused. Documents are verified at their own timestamp.
+    A PCR that is named again begins another image, for a roll-over. PCR8 survives new builds, but
+    admits every older image signed with that certificate; PCR0, or PCR1 with PCR2, must be renewed
+    at each build; the other PCRs alone tell no image from another and are refused. Documents are
+    verified at their own timestamp.
     """
     from nsm import policy as key_policy
 
@@ -1861,7 +2260,9 @@ def render(
 
 
 def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
-    """The PCRs of each image: those given, measured or attested, each with what is computed for all of them."""
+    """The PCRs of each image: those given, measured or attested, each with what is computed for all
+    of them.
+    """
     from nsm import policy as key_policy
     from nsm.arguments import merge, parse_certificate, parse_images
 
@@ -1877,7 +2278,9 @@ def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
     for path in sources["documents"]:
         pcrs = _verified_at_its_time(path, sources["root"], allow_debug=False).document.pcrs
         measured.append({index: value for index, value in pcrs.items() if any(value)})
-    taken = [{index: pcrs[index] for index in sources["take"] if index in pcrs} for pcrs in measured]
+    taken = [
+        {index: pcrs[index] for index in sources["take"] if index in pcrs} for pcrs in measured
+    ]
     images = parse_images(sources["pcrs"]) + taken
     return [merge(image.items(), computed.items()) for image in images or [{}]]
 
@@ -1887,7 +2290,12 @@ def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> 
     from nsm.document import AttestationDocument, Expectations, verify
 
     parsed = AttestationDocument.parse(_read_file(path, f"document {path}"))
-    return verify(parsed, roots=_roots(root), at=parsed.signed_at, expect=Expectations(allow_debug=allow_debug))
+    return verify(
+        parsed,
+        roots=_roots(root),
+        at=parsed.signed_at,
+        expect=Expectations(allow_debug=allow_debug),
+    )
 
 
 @policy.command()
@@ -1900,8 +2308,8 @@ def check(file: str, as_json: bool) -> int:
     Example:
       aws kms get-key-policy --key-id KEY --query Policy --output text | attestor policy check -
 
-    FILE is the policy in JSON; "-" reads standard input. The policy is read as that of a key for attested enclaves
-    only. Exit status: 0 nothing found, 4 findings.
+    FILE is the policy in JSON; "-" reads standard input. The policy is read as that of a key for
+    attested enclaves only. Exit status: 0 nothing found, 4 findings.
     """
     from nsm import policy as key_policy
     from nsm import report
@@ -1920,12 +2328,30 @@ def _read_policy(path: str) -> Any:
 
 @policy.command()
 @click.argument("file")
-@click.option("--document", metavar="FILE", help="the attestation document that is sent  [default: none]")
-@click.option("--principal", metavar="ARN", required=True, help="role, user or assumed-role session that calls")
-@click.option("--action", metavar="ACTION", default="kms:Decrypt", help="what it calls  [default: kms:Decrypt]")
+@click.option(
+    "--document", metavar="FILE", help="the attestation document that is sent  [default: none]"
+)
+@click.option(
+    "--principal",
+    metavar="ARN",
+    required=True,
+    help="role, user or assumed-role session that calls",
+)
+@click.option(
+    "--action",
+    metavar="ACTION",
+    default="kms:Decrypt",
+    help="what it calls  [default: kms:Decrypt]",
+)
 @click.option("--key-id", metavar="ARN", help="the key  [default: one of the principal's account]")
-@click.option("--context", "encryption_context", metavar="NAME=VALUE", multiple=True,
-    callback=_encryption_context, help="encryption context, repeatable")  # fmt: skip
+@click.option(
+    "--context",
+    "encryption_context",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_encryption_context,
+    help="encryption context, repeatable",
+)
 @_ROOT_OPTION
 @_JSON_OPTION
 def explain(
@@ -1942,10 +2368,11 @@ def explain(
 
     \b
     Example:
-      attestor policy explain policy.json --document document --principal arn:aws:iam::111122223333:role/parent
+      attestor policy explain policy.json --document doc --principal arn:aws:iam::...:role/parent
 
-    FILE is the policy in JSON; "-" reads standard input. The document is verified at its own timestamp. What depends on
-    other policies is named, not guessed. Exit status: 0 allowed, 4 denied, 8 cannot be told.
+    FILE is the policy in JSON; "-" reads standard input. The document is verified at its own
+    timestamp. What depends on other policies is named, not guessed. Exit status: 0 allowed, 4
+    denied, 8 cannot be told.
     """
     from datetime import UTC, datetime
 
@@ -1954,7 +2381,11 @@ def explain(
 
     with _evidence_errors():
         parsed = _read_policy(file)
-        verified = _verified_at_its_time(document, root, allow_debug=True) if document is not None else None
+        verified = (
+            _verified_at_its_time(document, root, allow_debug=True)
+            if document is not None
+            else None
+        )
         request = key_policy.Request(
             principal=principal,
             action=action,
@@ -1972,10 +2403,19 @@ def explain(
 
 
 def _some_key(parsed: Any, principal: str) -> str:
-    """A key of the principal's account, where the policy does not look at which or in what region."""
-    conditions = (condition.key.lower() for statement in parsed.statements for condition in statement.conditions)
-    if any(statement.resources != ("*",) for statement in parsed.statements) or "aws:requestedregion" in conditions:
-        raise InputError("the policy looks at the key or at its region", "give the key's ARN as --key-id")
+    """A key of the principal's account, if the policy does not look at which or in what region."""
+    conditions = (
+        condition.key.lower()
+        for statement in parsed.statements
+        for condition in statement.conditions
+    )
+    if (
+        any(statement.resources != ("*",) for statement in parsed.statements)
+        or "aws:requestedregion" in conditions
+    ):
+        raise InputError(
+            "the policy looks at the key or at its region", "give the key's ARN as --key-id"
+        )
     partition, account = (principal.split(":") + [""] * 5)[1:5:3]
     return f"arn:{partition}:kms:*:{account}:key/*"
 
@@ -1986,15 +2426,18 @@ def _some_key(parsed: Any, principal: str) -> str:
 @_ROOT_OPTION
 @_JSON_OPTION
 @_options(_MODULE_OPTIONS)
-def doctor(as_json: bool, root: str | None, encryption_context: dict[str, str], **options: Any) -> int:
+def doctor(
+    as_json: bool, root: str | None, encryption_context: dict[str, str], **options: Any
+) -> int:
     """Find out why an attested call fails here.
 
     \b
     Example:
       attestor doctor --key-id arn:aws:kms:eu-west-1:111122223333:key/...
 
-    Checks the module, its document, credentials, and the way to KMS; with --key-id also a Decrypt as a dry run, which
-    needs no ciphertext. Exit status: that of the first check that failed, as decrypt would end.
+    Checks the module, its document, credentials, and the way to KMS; with --key-id also a Decrypt
+    as a dry run, which needs no ciphertext. Exit status: that of the first check that failed, as
+    decrypt would end.
     """
     from doctor import Case, examine, results_object, results_text, status_of
 
@@ -2005,7 +2448,7 @@ def doctor(as_json: bool, root: str | None, encryption_context: dict[str, str], 
     return status_of(results)
 
 
-# -------------------------------------------- commands: the other operations, encrypt, inject (bodies in injection/)
+# --------------------------- commands: the other operations, encrypt, inject (bodies in injection/)
 
 
 @cli.command()
@@ -2013,7 +2456,13 @@ def doctor(as_json: bool, root: str | None, encryption_context: dict[str, str], 
 @click.argument("wrapped")
 @_options(_KMS_OPTIONS)
 @click.option("--spec", metavar="NAME", help="AES_256 or AES_128")
-@click.option("--bytes", "size", metavar="N", type=click.IntRange(1, 1024), help="a key of 1 to 1024 bytes instead")
+@click.option(
+    "--bytes",
+    "size",
+    metavar="N",
+    type=click.IntRange(1, 1024),
+    help="a key of 1 to 1024 bytes instead",
+)
 @_FORCE
 @_options(_VSOCK_OPTIONS)
 @_options(_MODULE_OPTIONS)
@@ -2022,10 +2471,10 @@ def generate_data_key(key: str, wrapped: str, force: bool, **options: Any) -> No
 
     \b
     Example:
-      attestor generate-data-key --key-id arn:aws:kms:...:key/... --spec AES_256 data.key data.key.enc
+      attestor generate-data-key --key-id arn:aws:kms:... --spec AES_256 data.key data.key.enc
 
-    KEY gets the plaintext key, WRAPPED the CiphertextBlob that `attestor decrypt` opens again with the same context.
-    Both files are there, or neither.
+    KEY gets the plaintext key, WRAPPED the CiphertextBlob that `attestor decrypt` opens again with
+    the same context. Both files are there, or neither.
     """
     from injection import operations
 
@@ -2037,20 +2486,31 @@ def generate_data_key(key: str, wrapped: str, force: bool, **options: Any) -> No
 @click.argument("public")
 @click.argument("wrapped")
 @_options(_KMS_OPTIONS)
-@click.option("--spec", metavar="NAME", required=True, help="such as ECC_NIST_P256 or RSA_2048, as KMS names them")
-@click.option("--format", "form", type=click.Choice(("pem", "der")), default="pem", help="[default: pem]")
+@click.option(
+    "--spec",
+    metavar="NAME",
+    required=True,
+    help="such as ECC_NIST_P256 or RSA_2048, as KMS names them",
+)
+@click.option(
+    "--format", "form", type=click.Choice(("pem", "der")), default="pem", help="[default: pem]"
+)
 @_FORCE
 @_options(_VSOCK_OPTIONS)
 @_options(_MODULE_OPTIONS)
-def generate_data_key_pair(private: str, public: str, wrapped: str, force: bool, **options: Any) -> None:
+def generate_data_key_pair(
+    private: str, public: str, wrapped: str, force: bool, **options: Any
+) -> None:
     """Let KMS make a key pair for this enclave.
 
     \b
     Example:
-      attestor generate-data-key-pair --key-id arn:aws:kms:...:key/... --spec ECC_NIST_P256 tls.key tls.pub tls.key.enc
+      attestor generate-data-key-pair --key-id arn:aws:kms:... --spec ECC_NIST_P256 \\
+          tls.key tls.pub tls.key.enc
 
-    PRIVATE gets the private key (PKCS #8), PUBLIC the public one (SubjectPublicKeyInfo), WRAPPED the CiphertextBlob
-    from which `attestor decrypt` gets the private key in DER again. All three files are there, or none.
+    PRIVATE gets the private key (PKCS #8), PUBLIC the public one (SubjectPublicKeyInfo), WRAPPED
+    the CiphertextBlob from which `attestor decrypt` gets the private key in DER again. All three
+    files are there, or none.
     """
     from injection import operations
 
@@ -2086,14 +2546,15 @@ def generate_random(size: int, output: str, force: bool, **options: Any) -> None
 @_options(_VSOCK_OPTIONS)
 @_options(_MODULE_OPTIONS)
 def derive_shared_secret(peer: str, output: str, force: bool, **options: Any) -> None:
-    """Agree on a secret: the private key stays in KMS, the peer's public key comes from a file (ECDH).
+    """Agree on a secret: the private key stays in KMS, the peer's public key comes from a file
+    (ECDH).
 
     \b
     Example:
       attestor derive-shared-secret --key-id arn:aws:kms:...:key/... peer.pub secret
 
-    PEER is a SubjectPublicKeyInfo in PEM or DER. OUTPUT gets the raw shared secret (the x coordinate), which wants a
-    key derivation function before it is a key; "-" is standard output.
+    PEER is a SubjectPublicKeyInfo in PEM or DER. OUTPUT gets the raw shared secret (the x
+    coordinate), which wants a key derivation function before it is a key; "-" is standard output.
     """
     from injection import operations
 
@@ -2104,10 +2565,22 @@ def derive_shared_secret(peer: str, output: str, force: bool, **options: Any) ->
 @click.argument("plaintext")
 @click.argument("output")
 @_options([option for name, option in _NAMED_KMS_OPTIONS.items() if name != "any_key"])
-@click.option("--format", "form", type=click.Choice(("auto", "kms", "esdk")), default="auto", help="[default: auto]")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("auto", "kms", "esdk")),
+    default="auto",
+    help="[default: auto]",
+)
 @_FORCE
-@click.option("-v", "--verbose", is_flag=True, callback=_set_verbose, expose_value=False,
-    help="say on stderr what is done")  # fmt: skip
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    callback=_set_verbose,
+    expose_value=False,
+    help="say on stderr what is done",
+)
 def encrypt(plaintext: str, output: str, form: str, force: bool, **options: Any) -> None:
     """Make a ciphertext that `decrypt` and `inject` open: the operator's side, outside any enclave.
 
@@ -2115,9 +2588,9 @@ def encrypt(plaintext: str, output: str, form: str, force: bool, **options: Any)
     Example:
       attestor encrypt --key-id arn:aws:kms:...:key/... --context node=3 secret secret.enc
 
-    PLAINTEXT is a file or "-". Up to 4096 bytes become a CiphertextBlob of KMS Encrypt, more of them (or all, with
-    --format esdk) a signed message of the AWS Encryption SDK with key commitment, for which the package
-    aws-encryption-sdk must be there. OUTPUT may be "-".
+    PLAINTEXT is a file or "-". Up to 4096 bytes become a CiphertextBlob of KMS Encrypt, more of
+    them (or all, with --format esdk) a signed message of the AWS Encryption SDK with key
+    commitment, for which the package aws-encryption-sdk must be there. OUTPUT may be "-".
     """
     from injection import operations
 
@@ -2135,10 +2608,20 @@ def _print_schema(context: click.Context, _option: click.Parameter, asked: bool)
 @cli.command()
 @click.argument("manifest")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="[-- PROGRAM ARG...]")
-@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="value of a variable, repeatable")
-@click.option("--receipt", metavar="FILE", help="write there, as JSON, what was done; no secret is in it")
-@click.option("--schema", is_flag=True, is_eager=True, callback=_print_schema, expose_value=False,
-    help="print the JSON schema of a manifest and exit")  # fmt: skip
+@click.option(
+    "--set", "settings", metavar="NAME=VALUE", multiple=True, help="value of a variable, repeatable"
+)
+@click.option(
+    "--receipt", metavar="FILE", help="write there, as JSON, what was done; no secret is in it"
+)
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    callback=_print_schema,
+    expose_value=False,
+    help="print the JSON schema of a manifest and exit",
+)
 @_FORCE
 @_options(_VSOCK_OPTIONS)
 @click.option("--s3-vsock", metavar="CID:PORT", callback=_vsock, help="reach S3 so")
@@ -2157,13 +2640,21 @@ def inject(
     Example:
       attestor inject --set NODE=3 /etc/secrets.toml -- /usr/bin/server --port 80
 
-    Nothing is placed unless everything opened; a failure takes back what this run placed. PROGRAM replaces this
-    process: its exit status and signals are its own, 127 if there is no such program, 126 if it cannot be executed.
-    The README describes the manifest; its own vsock addresses give way to those of the options.
+    Nothing is placed unless everything opened; a failure takes back what this run placed. PROGRAM
+    replaces this process: its exit status and signals are its own, 127 if there is no such program,
+    126 if it cannot be executed. The README describes the manifest; its own vsock addresses give
+    way to those of the options.
     """
     from injection.run import inject as run
 
-    run(manifest, program, settings=_settings(settings), receipt=receipt, force=force, addresses=addresses)
+    run(
+        manifest,
+        program,
+        settings=_settings(settings),
+        receipt=receipt,
+        force=force,
+        addresses=addresses,
+    )
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -2180,9 +2671,19 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
 
 @cli.command()
 @click.argument("path")
-@click.option("--imds-vsock", metavar="CID:PORT", callback=_vsock, help="reach the instance metadata service so")
-@click.option("--timeout", metavar="SECONDS", default="10", callback=_seconds,
-    help="for everything, retries included  [default: 10]")  # fmt: skip
+@click.option(
+    "--imds-vsock",
+    metavar="CID:PORT",
+    callback=_vsock,
+    help="reach the instance metadata service so",
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    default="10",
+    callback=_seconds,
+    help="for everything, retries included  [default: 10]",
+)
 def metadata(path: str, imds_vsock: tuple[int, int] | None, timeout: float) -> None:
     """Print one value of the instance metadata service (version 2).
 
@@ -2191,8 +2692,8 @@ def metadata(path: str, imds_vsock: tuple[int, int] | None, timeout: float) -> N
       attestor metadata placement/region
       attestor metadata --imds-vsock 3:8002 tags/instance/mpa-node
 
-    PATH is below latest/meta-data/; credentials are never printed. The value is the parent's claim. Without vsock the
-    service is at AWS_EC2_METADATA_SERVICE_ENDPOINT or http://169.254.169.254.
+    PATH is below latest/meta-data/; credentials are never printed. The value is the parent's claim.
+    Without vsock the service is at AWS_EC2_METADATA_SERVICE_ENDPOINT or http://169.254.169.254.
 
     Exit status: 0 done, 2 usage, 4 no such value, 5 try again.
     """
@@ -2213,7 +2714,9 @@ def main() -> NoReturn:
 
 
 def _hide_memory() -> None:
-    """No core dump, which execve keeps, and no debugger of the same user, which it does not (prctl(2))."""
+    """No core dump, which execve keeps, and no debugger of the same user, which it does not
+    (prctl(2)).
+    """
     import ctypes  # the NSM's transport needs it anyway
     import resource
 
@@ -2223,7 +2726,9 @@ def _hide_memory() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """End here and now: taking the interpreter apart would cost more than a tenth of the time that users wait."""
+    """End here and now: taking the interpreter apart would cost more than a tenth of the time that
+    users wait.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             with contextlib.suppress(OSError):
@@ -2232,5 +2737,7 @@ def _leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.modules.setdefault("attestor", sys.modules[__name__])  # modules that import attestor get this one
+    sys.modules.setdefault(
+        "attestor", sys.modules[__name__]
+    )  # modules that import attestor get this one
     main()

@@ -1,7 +1,7 @@
 """Why an attested call fails here: each thing that it needs, looked at one after the other.
 
-A check is a function from the case to a result; it raises an error of attestor's, which becomes a failure with that
-error's exit status, or Skipped when what it needs has failed already.
+A check is a function from the case to a result; it raises an error of attestor's, which becomes a
+failure with that error's exit status, or Skipped when what it needs has failed already.
 """
 
 from __future__ import annotations
@@ -124,7 +124,12 @@ def results_object(results: Iterable[Result]) -> dict[str, Any]:
     """The results as `--json` prints them."""
     results = list(results)
     checks = [
-        {"check": result.check, "outcome": result.outcome, "reason": result.reason, "fix": result.fix}
+        {
+            "check": result.check,
+            "outcome": result.outcome,
+            "reason": result.reason,
+            "fix": result.fix,
+        }
         for result in results
     ]
     return {"checks": checks, "status": status_of(results)}
@@ -159,7 +164,9 @@ def _library(_: Case) -> Finding:
 
 
 def _device(case: Case) -> Finding:
-    description, name = attestor._with_module(lambda module: (module.describe(), module.transport_name))
+    description, name = attestor._with_module(
+        lambda module: (module.describe(), module.transport_name)
+    )
     case.module = True
     return Finding(f"{description.module_id} with {description.max_pcrs} PCRs, through {name}")
 
@@ -173,12 +180,17 @@ def _entropy(case: Case) -> Finding:
     try:
         os.getrandom(1, os.GRND_NONBLOCK)
     except BlockingIOError:
-        return Finding("the kernel's random pool is not initialised yet", "decrypt does that, if it may: CAP_SYS_ADMIN")
+        return Finding(
+            "the kernel's random pool is not initialised yet",
+            "decrypt does that, if it may: CAP_SYS_ADMIN",
+        )
     return Finding("the module gives randomness, and the kernel's pool is initialised")
 
 
 def _document(case: Case) -> Finding:
-    """A document that carries our nonce, verified as anyone would; KMS alone decides what roots it trusts."""
+    """A document that carries our nonce, verified as anyone would; KMS alone decides what roots it
+    trusts.
+    """
     _need(case.module, "device")
     nonce = os.urandom(16)
     parsed = _parsed(attestor._with_module(lambda module: module.attest(nonce=nonce)))
@@ -188,11 +200,22 @@ def _document(case: Case) -> Finding:
         case.verified = document.verify(parsed, roots=[root], expect=expect)
     except document.DocumentError as error:
         hint = "the clock of this enclave may be wrong" if error.check == "validity" else ""
-        raise attestor.NotAuthenticError(f"document refused, {error.check}: {error}", *filter(None, [hint])) from error
+        raise attestor.NotAuthenticError(
+            f"document refused, {error.check}: {error}", *filter(None, [hint])
+        ) from error
     if root != case.root:
-        reason = f"genuine only if the root with SHA-256 {root.hex()} is, which is not the one that is trusted here"
-        return Finding(reason, "a real enclave's is AWS's; --root FILE trusts another, $NITROSIM_NSM_ROOT nitrosim's")
-    return Finding(f"signed {report.age(round((datetime.now(UTC) - parsed.signed_at).total_seconds()))}, and verified")
+        reason = (
+            f"genuine only if the root with SHA-256 {root.hex()} is, which is not the one "
+            "that is trusted here"
+        )
+        return Finding(
+            reason,
+            "a real enclave's is AWS's; --root FILE trusts another, $NITROSIM_NSM_ROOT nitrosim's",
+        )
+    return Finding(
+        f"signed {report.age(round((datetime.now(UTC) - parsed.signed_at).total_seconds()))}, "
+        "and verified"
+    )
 
 
 def _parsed(data: bytes) -> document.AttestationDocument:
@@ -220,7 +243,12 @@ def _region(case: Case) -> Finding:
 
     case.session = botocore.session.Session()
     case.kms = attestor.Kms(
-        region, case.endpoint_url, case.timeout, case.vsock, imds_vsock=case.imds_vsock, ca_bundle=case.ca_bundle
+        region,
+        case.endpoint_url,
+        case.timeout,
+        case.vsock,
+        imds_vsock=case.imds_vsock,
+        ca_bundle=case.ca_bundle,
     )
     case.kms.prepare(case.session)
     case.client = case.kms.client(case.session)
@@ -250,7 +278,9 @@ def _name(case: Case) -> Finding:
         host, port = proxy.hostname or "", proxy.port or 80
     hint = "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock"
     try:
-        found = attestor.within(case.patience, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        found = attestor.within(
+            case.patience, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
     except (OSError, UnicodeError, attestor.UnreachableError) as error:
         raise attestor.UnreachableError(f"name {host} cannot be resolved: {error}", hint) from error
     case.target = host, port
@@ -269,7 +299,9 @@ def _tcp(case: Case) -> Finding:
         case.connection = _dial(case)
     except OSError as error:
         hint = "is vsock-proxy running on the parent, and does it allow this endpoint?"
-        raise attestor.UnreachableError(f"no connection to {where}: {error.strerror or error}", hint) from error
+        raise attestor.UnreachableError(
+            f"no connection to {where}: {error.strerror or error}", hint
+        ) from error
     return Finding(f"connected to {where}")
 
 
@@ -291,13 +323,20 @@ def _tls(case: Case) -> Finding:
     try:
         context = ssl.create_default_context(cafile=bundle)
     except OSError as error:  # ssl.SSLError is one
-        raise attestor.InputError(f"CA bundle {bundle} cannot be read: {error}", "AWS_CA_BUNDLE names it") from error
+        raise attestor.InputError(
+            f"CA bundle {bundle} cannot be read: {error}", "AWS_CA_BUNDLE names it"
+        ) from error
     host, _ = case.where
     try:
         case.tls = context.wrap_socket(case.connection, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
-        hint = f"somebody may be in the middle; the roots trusted are those in {bundle} (AWS_CA_BUNDLE)"
-        raise attestor.NotAuthenticError(f"certificate of {host} is not valid: {error.verify_message}", hint) from error
+        hint = (
+            f"somebody may be in the middle; the roots trusted are those in {bundle} "
+            "(AWS_CA_BUNDLE)"
+        )
+        raise attestor.NotAuthenticError(
+            f"certificate of {host} is not valid: {error.verify_message}", hint
+        ) from error
     except OSError as error:
         raise attestor.UnreachableError(f"no TLS with {host}: {error}") from error
     return Finding(f"{case.tls.version()} with {host}, roots of {bundle}")
@@ -317,7 +356,9 @@ def _clock(case: Case) -> Finding:
     skew = clock_skew(_date(case.tls, case.where[0]), datetime.now(UTC))
     if skew is None:
         raise Skipped("the endpoint does not tell its time")
-    reason = f"this clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} the endpoint's"
+    reason = (
+        f"this clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} the endpoint's"
+    )
     fix = "set the clock of this enclave"
     if abs(skew) > SKEW_MAX:
         raise attestor.RefusedError(f"{reason}, KMS takes {SKEW_MAX} s", fix)
@@ -342,7 +383,11 @@ def _attested_call(case: Case) -> Finding:
         raise Skipped("a check above failed")
     if case.key_id is None:
         raise Skipped("needs --key-id")
-    parameters = {"KeyId": case.key_id, "EncryptionContext": case.context, "GrantTokens": list(case.grant_tokens)}
+    parameters = {
+        "KeyId": case.key_id,
+        "EncryptionContext": case.context,
+        "GrantTokens": list(case.grant_tokens),
+    }
     try:
         case.kms.call(
             "decrypt",
@@ -355,7 +400,9 @@ def _attested_call(case: Case) -> Finding:
         if answer.get("Code") != "DryRunOperationException":
             raise
     else:
-        raise attestor.NotAuthenticError("KMS answered a dry run with a plaintext", "is this endpoint AWS KMS?")
+        raise attestor.NotAuthenticError(
+            "KMS answered a dry run with a plaintext", "is this endpoint AWS KMS?"
+        )
     return Finding("KMS would decrypt for this enclave (a dry run)")
 
 

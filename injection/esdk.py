@@ -2,8 +2,9 @@
 
 Their data keys are opened by the attested client.
 
-A message is released frame by frame before its signature is known, so the caller must not let anybody see what was
-appended before `decrypt` has returned. Key commitment is demanded. Memory is bounded by the frame length.
+A message is released frame by frame before its signature is known, so the caller must not let
+anybody see what was appended before `decrypt` has returned. Key commitment is demanded. Memory is
+bounded by the frame length.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ _CHUNK: Final = 1 << 20
 _ALGORITHM: Final = AlgorithmSuite.AES_256_GCM_HKDF_SHA512_COMMIT_KEY_ECDSA_P384
 _RESERVED: Final = "aws-crypto-"  # encryption context, AWS Encryption SDK message format reference
 
-_quiet = logging.getLogger("aws_encryption_sdk")  # its errors are ours to report, and it can log keys
+_quiet = logging.getLogger(
+    "aws_encryption_sdk"
+)  # its errors are ours to report, and it can log keys
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
 
@@ -68,10 +71,12 @@ def decrypt(
     grant_tokens: tuple[str, ...] = (),
     signed: bool = False,
 ) -> None:
-    """Decrypt a message and hand on its plaintext in pieces; it is authentic when this returns, not before.
+    """Decrypt a message and hand on its plaintext in pieces; it is authentic when this returns, not
+    before.
 
-    `context` must be contained in the message's; with `signed` an unsigned message is refused. Raises
-    NotAuthenticError for everything that is wrong with the message itself, RefusedError when KMS refuses.
+    `context` must be contained in the message's; with `signed` an unsigned message is refused.
+    Raises NotAuthenticError for everything that is wrong with the message itself, RefusedError when
+    KMS refuses.
     """
     for piece in _verified(message, _Materials(ask, key_id, context, grant_tokens, signed=signed)):
         append(piece)
@@ -80,9 +85,12 @@ def decrypt(
 def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[bytes]:
     """The pieces of the plaintext; the package's errors, whichever they are, become ours."""
     client = sdk.EncryptionSDKClient(
-        commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT, max_encrypted_data_keys=DATA_KEYS_MAX
+        commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT,
+        max_encrypted_data_keys=DATA_KEYS_MAX,
     )
-    stream = client.stream(mode="d", source=message, materials_manager=materials, max_body_length=FRAME_MAX)
+    stream = client.stream(
+        mode="d", source=message, materials_manager=materials, max_body_length=FRAME_MAX
+    )
     try:
         size = stream.header.frame_length or _CHUNK
         while piece := stream.read(size):
@@ -92,10 +100,13 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
         raise
     except Exception as error:
         raise NotAuthenticError(
-            f"message of the AWS Encryption SDK is damaged, not authentic or out of bounds ({type(error).__name__})"
+            "message of the AWS Encryption SDK is damaged, not authentic or out of bounds "
+            f"({type(error).__name__})"
         ) from error
     finally:
-        io.IOBase.close(stream)  # its own would complain of a message that was given up, on stderr from Python 3.13 on
+        io.IOBase.close(
+            stream
+        )  # its own would complain of a message that was given up, on stderr from Python 3.13 on
     if message.read(1):
         raise NotAuthenticError("message of the AWS Encryption SDK has bytes behind its end")
 
@@ -127,27 +138,40 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
         found = request.encryption_context
         for name, value in self._context.items():
             if found.get(name) != value:
-                raise NotAuthenticError(f"message of the AWS Encryption SDK has another context: {name} differs")
+                raise NotAuthenticError(
+                    f"message of the AWS Encryption SDK has another context: {name} differs"
+                )
         return DecryptionMaterials(
-            verification_key=self._verification_key(request.algorithm, found), data_key=self._data_key(request)
+            verification_key=self._verification_key(request.algorithm, found),
+            data_key=self._data_key(request),
         )
 
     def _verification_key(self, algorithm: Any, context: Mapping[str, str]) -> bytes | None:
-        """The public key that a signed message has in its context, and that an unsigned one has not."""
+        """The public key that a signed message has in its context, and that an unsigned one has
+        not.
+        """
         point = context.get(ENCODED_SIGNER_KEY)
         if (algorithm.signing_algorithm_info is None) != (point is None):
-            raise NotAuthenticError("message of the AWS Encryption SDK contradicts itself about its signature")
+            raise NotAuthenticError(
+                "message of the AWS Encryption SDK contradicts itself about its signature"
+            )
         if point is None and self._signed:
-            raise NotAuthenticError("message of the AWS Encryption SDK is not signed, asked for a signed one")
+            raise NotAuthenticError(
+                "message of the AWS Encryption SDK is not signed, asked for a signed one"
+            )
         if point is None:
             return None
-        key: bytes = Verifier.from_encoded_point(algorithm=algorithm, encoded_point=point).key_bytes()
+        key: bytes = Verifier.from_encoded_point(
+            algorithm=algorithm, encoded_point=point
+        ).key_bytes()
         return key
 
     def _data_key(self, request: Any) -> DataKey:
         """The first data key that KMS opens, of those under our key."""
         refusal: RefusedError | None = None
-        for wrapped in sorted(request.encrypted_data_keys, key=lambda one: str(one.key_provider.key_info)):
+        for wrapped in sorted(
+            request.encrypted_data_keys, key=lambda one: str(one.key_provider.key_info)
+        ):
             arn = _arn_of(wrapped)
             if arn is None or not (self._key_id is None or is_same_key(self._key_id, arn)):
                 continue
@@ -156,7 +180,9 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
             except RefusedError as error:
                 refusal = error
         asked = f"key {self._key_id}" if is_pinned(self._key_id) else "any key of KMS"
-        raise refusal or RefusedError(f"message of the AWS Encryption SDK has no data key under {asked}")
+        raise refusal or RefusedError(
+            f"message of the AWS Encryption SDK has no data key under {asked}"
+        )
 
     def _ask_for(self, wrapped: Any, arn: str, request: Any) -> DataKey:
         answer = self._ask(
@@ -168,7 +194,9 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
             }
         )
         if len(answer["Plaintext"]) != request.algorithm.data_key_len:
-            raise NotAuthenticError("data key in the message of the AWS Encryption SDK has a wrong length")
+            raise NotAuthenticError(
+                "data key in the message of the AWS Encryption SDK has a wrong length"
+            )
         return DataKey(wrapped.key_provider, answer["Plaintext"], wrapped.encrypted_data_key)
 
 
@@ -208,16 +236,27 @@ def decrypt_alone(
 
 
 def encrypt(
-    plaintext: Readable, append: Callable[[bytes], None], ask: Ask, *, key_id: str, context: Mapping[str, str]
+    plaintext: Readable,
+    append: Callable[[bytes], None],
+    ask: Ask,
+    *,
+    key_id: str,
+    context: Mapping[str, str],
 ) -> None:
     """Write a message, signed and with key commitment; `ask` is Encrypt of a KMS client.
 
-    The data key is made here and wrapped by Encrypt, so that an operator needs no permission that could decrypt.
+    The data key is made here and wrapped by Encrypt, so that an operator needs no permission that
+    could decrypt.
     """
     for name in context:
         if name.startswith(_RESERVED):
-            raise InputError(f"context {name}: names that start with {_RESERVED} are the AWS Encryption SDK's own")
-    client = sdk.EncryptionSDKClient(commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT)
+            raise InputError(
+                f"context {name}: names that start with {_RESERVED} are the AWS Encryption SDK's "
+                "own"
+            )
+    client = sdk.EncryptionSDKClient(
+        commitment_policy=CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT
+    )
     with client.stream(
         mode="e",
         source=plaintext,
@@ -238,7 +277,10 @@ class _Wrapping(CryptoMaterialsManager):  # type: ignore[misc]  # the package ha
     def get_encryption_materials(self, request: Any) -> EncryptionMaterials:
         """Keys for one message; the public one goes into its context."""
         signer = Signer(algorithm=_ALGORITHM, key=generate_ecc_signing_key(algorithm=_ALGORITHM))
-        context = {**request.encryption_context, ENCODED_SIGNER_KEY: signer.encoded_public_key().decode()}
+        context = {
+            **request.encryption_context,
+            ENCODED_SIGNER_KEY: signer.encoded_public_key().decode(),
+        }
         key = os.urandom(_ALGORITHM.kdf_input_len)
         answer = self._ask({"KeyId": self._key_id, "Plaintext": key, "EncryptionContext": context})
         provider = MasterKeyInfo("aws-kms", answer["KeyId"])

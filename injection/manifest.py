@@ -1,8 +1,9 @@
 """The manifest of `attestor inject`: TOML in, checked values out.
 
-The manifest comes from the image, and so do key, endpoint and CA in it. Variables are the parent's claims: they are
-filled in after parsing, only where they are declared, must match their pattern in full, and cannot become a path
-separator, so that they choose among what the manifest allows and never something else.
+The manifest comes from the image, and so do key, endpoint and CA in it. Variables are the parent's
+claims: they are filled in after parsing, only where they are declared, must match their pattern in
+full, and cannot become a path separator, so that they choose among what the manifest allows and
+never something else.
 """
 
 from __future__ import annotations
@@ -25,17 +26,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MANIFEST_MAX: Final = 1 << 20
-ENTRIES_MAX: Final = 300  # each needs up to three descriptors, of 1024 that a process has by default
+ENTRIES_MAX: Final = (
+    300  # each needs up to three descriptors, of 1024 that a process has by default
+)
 SECRET_MAX: Final = 1 << 30
 FILE_MAX: Final = 16 << 20
 VALUE_MAX: Final = 1024
-CONCURRENCY: Final = 3  # vsock-proxy serves four connections at once by default: one is left for others
+CONCURRENCY: Final = (
+    3  # vsock-proxy serves four connections at once by default: one is left for others
+)
 DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
 _REFERENCE: Final = re.compile(r"\$\{([^}]*)\}|\$\{")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SOURCE: Final = re.compile(r"(s3|https)://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
-_FIXED: Final = re.compile(r"/|-\Z|(s3|https)://[^/?#${}]+/")  # what of a source no variable may change
+_FIXED: Final = re.compile(
+    r"/|-\Z|(s3|https)://[^/?#${}]+/"
+)  # what of a source no variable may change
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|arn:[A-Za-z0-9:._-]{1,200}")
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
 _MODE: Final = re.compile(r"0[0-7]{3}")
@@ -109,12 +116,18 @@ def _between(low: int, high: int) -> _Field:
 
 _STRING: Final = _Field(_is(str), "a string", {"type": "string"})
 _FLAG: Final = _Field(_is(bool), "true or false", {"type": "boolean"})
-_STRINGS: Final = _Field(_is_list_of_strings, "a list of strings", {"type": "array", "items": {"type": "string"}})
+_STRINGS: Final = _Field(
+    _is_list_of_strings, "a list of strings", {"type": "array", "items": {"type": "string"}}
+)
 _CONTEXT: Final = _Field(
-    _is_table_of_strings, "a table of strings", {"type": "object", "additionalProperties": {"type": "string"}}
+    _is_table_of_strings,
+    "a table of strings",
+    {"type": "object", "additionalProperties": {"type": "string"}},
 )
 _TABLES: Final = _Field(
-    lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value), "a list of tables", {}
+    lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
+    "a list of tables",
+    {},
 )
 _VARIABLES: Final = _Field(_is(dict), "a table", {})
 
@@ -162,20 +175,30 @@ def parse(
     environment: Mapping[str, str],
     addresses: Mapping[str, Address | None] = MappingProxyType({}),
 ) -> Manifest:
-    """The manifest in a TOML document; `given` are the values of --set, which come before the environment's.
+    """The manifest in a TOML document; `given` are the values of --set, which come before the
+    environment's.
 
-    `addresses` of the keys vsock, imds_vsock and s3_vsock win over its own. Raises InputError. Only with a variable
-    that has a `tag` and no other value is the metadata service asked, over TCP where there is no imds_vsock.
+    `addresses` of the keys vsock, imds_vsock and s3_vsock win over its own. Raises InputError. Only
+    with a variable that has a `tag` and no other value is the metadata service asked, over TCP
+    where there is no imds_vsock.
     """
     try:
         table = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"manifest is not TOML: {error}") from error
     _check_table(table, _TOP, "manifest")
-    ways = {name: addresses.get(name) or _address(table, name) for name in ("vsock", "imds_vsock", "s3_vsock")}
+    ways = {
+        name: addresses.get(name) or _address(table, name)
+        for name in ("vsock", "imds_vsock", "s3_vsock")
+    }
     variables = _Variables(table.get("variables", {}), given, environment, ways["imds_vsock"])
-    entries = [_secret(number, one, table, variables) for number, one in enumerate(table.get("secret", []), 1)]
-    entries += [_file(number, one, variables) for number, one in enumerate(table.get("file", []), 1)]
+    entries = [
+        _secret(number, one, table, variables)
+        for number, one in enumerate(table.get("secret", []), 1)
+    ]
+    entries += [
+        _file(number, one, variables) for number, one in enumerate(table.get("file", []), 1)
+    ]
     _check_entries(entries)
     return Manifest(
         entries=tuple(entries),
@@ -201,7 +224,11 @@ def _check_table(table: Mapping[str, Any], fields: Mapping[str, _Field], where: 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> list[str]:
     near = difflib.get_close_matches(name, known, 1) or sorted(known)
-    return [f"did you mean {near[0]}?" if len(near) == 1 else f"known are {', '.join(near)}"] if near else []
+    return (
+        [f"did you mean {near[0]}?" if len(near) == 1 else f"known are {', '.join(near)}"]
+        if near
+        else []
+    )
 
 
 def _address(table: Mapping[str, Any], name: str) -> Address | None:
@@ -209,7 +236,9 @@ def _address(table: Mapping[str, Any], name: str) -> Address | None:
 
 
 class _Variables:
-    """The declared variables and their values; one without a value is an error only where it is used."""
+    """The declared variables and their values; one without a value is an error only where it is
+    used.
+    """
 
     def __init__(
         self,
@@ -220,7 +249,10 @@ class _Variables:
     ) -> None:
         for name in given:
             if name not in declared:
-                raise InputError(f"--set {name}: the manifest declares no such variable", *_nearest(name, declared))
+                raise InputError(
+                    f"--set {name}: the manifest declares no such variable",
+                    *_nearest(name, declared),
+                )
         from injection.metadata import tag as instance_tag
 
         self._values: dict[str, str | None] = {}
@@ -245,7 +277,9 @@ class _Variables:
                 raise InputError(f"{where}: {what}", *_nearest(name or "", self._values))
             value = self._values[name]
             if value is None:
-                raise InputError(f"{where}: variable {name} has no value", f"--set {name}=VALUE gives one")
+                raise InputError(
+                    f"{where}: variable {name} has no value", f"--set {name}=VALUE gives one"
+                )
             if in_path and (_SEPARATORS.intersection(value) or value in {"", ".", ".."}):
                 raise InputError(f"{where}: value of variable {name} is no part of a path")
             return value
@@ -267,22 +301,30 @@ def _matches(pattern: str, value: str, name: str) -> bool:
     try:
         found = re.compile(pattern).fullmatch(value[: VALUE_MAX + 1])
     except re.error as error:
-        raise InputError(f"variables: pattern of {name} is no regular expression: {error}") from error
+        raise InputError(
+            f"variables: pattern of {name} is no regular expression: {error}"
+        ) from error
     return found is not None and len(value) <= VALUE_MAX and value.isprintable()
 
 
-def _secret(number: int, table: Mapping[str, Any], top: Mapping[str, Any], variables: _Variables) -> Entry:
+def _secret(
+    number: int, table: Mapping[str, Any], top: Mapping[str, Any], variables: _Variables
+) -> Entry:
     where = f"secret {number}"
     _check_table(table, _SECRET, where)
     context = table.get("context")
     if not context and not table.get("unbound", False):
-        raise InputError(f"{where} has no context", 'context = { name = "value" } binds it, or say unbound = true')
+        raise InputError(
+            f"{where} has no context",
+            'context = { name = "value" } binds it, or say unbound = true',
+        )
     if context and table.get("unbound"):
         raise InputError(f"{where} has a context, and unbound = true")
     key_id = parse_key_id(table.get("key_id", top.get("key_id")), f"{where}: key_id")
     if not is_pinned(key_id) and not top.get("any_key", False):
         raise InputError(
-            f"{where}: no key is pinned", "key_id wants a key ARN or key id; any_key = true accepts every key"
+            f"{where}: no key is pinned",
+            "key_id wants a key ARN or key id; any_key = true accepts every key",
         )
     encoding = table.get("encoding", "raw")
     if encoding not in {"raw", "base64"}:
@@ -290,8 +332,14 @@ def _secret(number: int, table: Mapping[str, Any], top: Mapping[str, Any], varia
     return Entry(
         kind="secret",
         key_id=key_id,
-        context={name: variables.fill(value, f"{where}: context") for name, value in (context or {}).items()},
-        grant_tokens=tuple(variables.fill(token, f"{where}: grant_tokens") for token in table.get("grant_tokens", ())),
+        context={
+            name: variables.fill(value, f"{where}: context")
+            for name, value in (context or {}).items()
+        },
+        grant_tokens=tuple(
+            variables.fill(token, f"{where}: grant_tokens")
+            for token in table.get("grant_tokens", ())
+        ),
         base64=encoding == "base64",
         signed=table.get("signed", False),
         **_placement(table, where, variables, SECRET_MAX),
@@ -309,7 +357,9 @@ def _file(number: int, table: Mapping[str, Any], variables: _Variables) -> Entry
     return Entry(kind="file", sha256=sha256, **_placement(table, where, variables, FILE_MAX))
 
 
-def _placement(table: Mapping[str, Any], where: str, variables: _Variables, max_bytes: int) -> dict[str, Any]:
+def _placement(
+    table: Mapping[str, Any], where: str, variables: _Variables, max_bytes: int
+) -> dict[str, Any]:
     """What secrets and files have in common."""
     for name in ("source", "target"):
         if name not in table:
@@ -318,7 +368,10 @@ def _placement(table: Mapping[str, Any], where: str, variables: _Variables, max_
     if not _MODE.fullmatch(mode):
         raise InputError(f"{where}: mode {mode} is not one such as 0600")
     if int(mode, 8) & 0o007 and not table.get("world_readable", False):
-        raise InputError(f"{where}: mode {mode} opens it to everybody", "world_readable = true says that this is meant")
+        raise InputError(
+            f"{where}: mode {mode} opens it to everybody",
+            "world_readable = true says that this is meant",
+        )
     return {
         "source": _source(table["source"], where, variables),
         "target": _target(variables.fill(table["target"], f"{where}: target", in_path=True), where),
@@ -331,7 +384,11 @@ def _placement(table: Mapping[str, Any], where: str, variables: _Variables, max_
 def _source(text: str, where: str, variables: _Variables) -> str:
     """A source after substitution; a variable chooses neither scheme nor host nor bucket."""
     if not _FIXED.match(text):
-        what = "is not https" if text.startswith("http://") else "is no absolute path, s3://, https:// or -"
+        what = (
+            "is not https"
+            if text.startswith("http://")
+            else "is no absolute path, s3://, https:// or -"
+        )
         raise InputError(f"{where}: source {text} {what}", "a variable may stand only in the path")
     source = variables.fill(text, f"{where}: source", in_path=True)
     if source == "-":
@@ -340,8 +397,14 @@ def _source(text: str, where: str, variables: _Variables) -> str:
         return _target(source, where, "source")
     parts = _SOURCE.fullmatch(source)
     known = _BUCKET if source.startswith("s3") else _HOST
-    if parts is None or not known.fullmatch(parts[2]) or (known is _BUCKET and (parts[4] or len(parts[3]) < 2)):
-        raise InputError(f"{where}: source {source} names no {'object' if known is _BUCKET else 'host and path'}")
+    if (
+        parts is None
+        or not known.fullmatch(parts[2])
+        or (known is _BUCKET and (parts[4] or len(parts[3]) < 2))
+    ):
+        raise InputError(
+            f"{where}: source {source} names no {'object' if known is _BUCKET else 'host and path'}"
+        )
     if {".", ".."} & set(parts[3].split("/")) or not source.isprintable() or " " in source:
         raise InputError(f"{where}: source {source} is not in its shortest form")
     return source
@@ -350,7 +413,12 @@ def _source(text: str, where: str, variables: _Variables) -> str:
 def _target(path: str, where: str, what: str = "target") -> str:
     if not path.startswith("/"):
         raise InputError(f"{where}: {what} {path} is not an absolute path")
-    if posixpath.normpath(path) != path or path.startswith("//") or not path.isprintable() or path == "/":
+    if (
+        posixpath.normpath(path) != path
+        or path.startswith("//")
+        or not path.isprintable()
+        or path == "/"
+    ):
         raise InputError(f"{where}: {what} {path} is not in its shortest form, or names a folder")
     return path
 
@@ -373,7 +441,9 @@ def _owner(text: str | None, where: str) -> tuple[int, int]:
 def _check_entries(entries: list[Entry]) -> None:
     """What entries must not do to each other."""
     if not 0 < len(entries) <= ENTRIES_MAX:
-        raise InputError(f"manifest has {len(entries)} secrets and files, expected 1 to {ENTRIES_MAX}")
+        raise InputError(
+            f"manifest has {len(entries)} secrets and files, expected 1 to {ENTRIES_MAX}"
+        )
     if sum(entry.source == "-" for entry in entries) > 1:
         raise InputError("two sources are standard input")
     real: dict[str, str] = {}
@@ -395,9 +465,13 @@ def _parents(path: str) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The manifest's structure as a JSON schema (draft 2020-12); patterns and paths are checked beyond it."""
+    """The manifest's structure as a JSON schema (draft 2020-12); patterns and paths are checked
+    beyond it.
+    """
 
-    def table(fields: Mapping[str, _Field], required: tuple[str, ...] = (), **schemas: Any) -> dict[str, Any]:
+    def table(
+        fields: Mapping[str, _Field], required: tuple[str, ...] = (), **schemas: Any
+    ) -> dict[str, Any]:
         properties = {name: schemas.get(name, field.schema) for name, field in fields.items()}
         return {
             "type": "object",

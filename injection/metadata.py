@@ -1,7 +1,9 @@
-"""The instance metadata service, version 2 only: one value for one path, over vsock or TCP, without the SDK.
+"""The instance metadata service, version 2 only: one value for one path, over vsock or TCP, without
+the SDK.
 
-A token is fetched by PUT and shown in each GET (IMDSv2, "Use the Instance Metadata Service" of the EC2 User Guide).
-Whatever answers is the parent, and hostile: an answer is bounded in time and bytes, and a value is one printable line.
+A token is fetched by PUT and shown in each GET (IMDSv2, "Use the Instance Metadata Service" of the
+EC2 User Guide). Whatever answers is the parent, and hostile: an answer is bounded in time and
+bytes, and a value is one printable line.
 """
 
 from __future__ import annotations
@@ -31,28 +33,36 @@ _PAUSE: Final = 0.1  # seconds before the second attempt, twice that before the 
 
 ENDPOINT_VARIABLE: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _HOST: Final = "169.254.169.254"
-_URL: Final = re.compile(r"http://((?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253}))(?::([0-9]{1,5}))?)/?")
+_URL: Final = re.compile(
+    r"http://((?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253}))(?::([0-9]{1,5}))?)/?"
+)
 _HEADER: Final = "x-aws-ec2-metadata-token"
 _TOKEN: Final = re.compile(r"[!-~]{1,1024}")
-_SEGMENT: Final = r"[A-Za-z0-9+=.,_:@-]{1,128}"  # of which a tag's key consists too, once the service shows it
+_SEGMENT: Final = (
+    r"[A-Za-z0-9+=.,_:@-]{1,128}"  # of which a tag's key consists too, once the service shows it
+)
 _PATH: Final = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 _CREDENTIALS: Final = frozenset({"iam", "identity-credentials", "security-credentials"})
 _TAGS: Final = "tags/instance/"
 _ENABLE: Final = (
-    "aws ec2 modify-instance-metadata-options --instance-id ID --instance-metadata-tags enabled lets it show them"
+    "aws ec2 modify-instance-metadata-options --instance-id ID "
+    "--instance-metadata-tags enabled lets it show them"
 )
 
 
 def fetch(path: str, address: Address | None = None, timeout: float = TIMEOUT) -> str:
     """The value at a path below latest/meta-data/, at most 16 KiB of text in one line.
 
-    `address` is where vsock leads to the service; without one it is $AWS_EC2_METADATA_SERVICE_ENDPOINT or the usual
-    address, never through a proxy. `timeout` is in seconds for everything. Raises InputError for a path or endpoint
-    that cannot be, or a path that leads to credentials; UnreachableError; RefusedError when trying again is useless.
+    `address` is where vsock leads to the service; without one it is
+    $AWS_EC2_METADATA_SERVICE_ENDPOINT or the usual address, never through a proxy. `timeout` is in
+    seconds for everything. Raises InputError for a path or endpoint that cannot be, or a path that
+    leads to credentials; UnreachableError; RefusedError when trying again is useless.
     """
     _check_path(path)
     service = _Service.at(address, os.environ, time.monotonic() + timeout)
-    token = service.ask("PUT", "/latest/api/token", f"{_HEADER}-ttl-seconds: 60\r\nContent-Length: 0", "a token")
+    token = service.ask(
+        "PUT", "/latest/api/token", f"{_HEADER}-ttl-seconds: 60\r\nContent-Length: 0", "a token"
+    )
     if not _TOKEN.fullmatch(token):
         raise RefusedError("metadata service gives a token that is none")
     return service.ask("GET", f"/latest/meta-data/{path}", f"{_HEADER}: {token}", path)
@@ -83,7 +93,9 @@ class _Service:
         self._host, self._where, self._dial, self._deadline = host, where, dial, deadline
 
     @classmethod
-    def at(cls, address: Address | None, environment: Mapping[str, str], deadline: float) -> _Service:
+    def at(
+        cls, address: Address | None, environment: Mapping[str, str], deadline: float
+    ) -> _Service:
         """The service at a vsock address, or where the environment says."""
         if address:
             where = f"vsock {address[0]}:{address[1]}"
@@ -93,10 +105,14 @@ class _Service:
         host, port = (found[2] or found[3], int(found[4] or 80)) if found else ("", 0)
         if found is None or not 0 < port < 2**16:
             raise InputError(f"{ENDPOINT_VARIABLE} {url} is no endpoint, such as http://{_HOST}")
-        return cls(found[1], url, lambda timeout: socket.create_connection((host, port), timeout), deadline)
+        return cls(
+            found[1], url, lambda timeout: socket.create_connection((host, port), timeout), deadline
+        )
 
     def ask(self, method: str, path: str, header: str, what: str) -> str:
-        """The body of an answer with status 200, tried again while that may help; `what` is for messages."""
+        """The body of an answer with status 200, tried again while that may help; `what` is for
+        messages.
+        """
         pauses = [_PAUSE, 2 * _PAUSE]
         while True:
             try:
@@ -107,8 +123,14 @@ class _Service:
                 time.sleep(pauses.pop(0))
 
     def _ask(self, method: str, path: str, header: str, what: str) -> str:
-        request = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{header}\r\nConnection: close\r\n\r\n"
-        with self._translated(what), self._dial(min(_CONNECT_TIMEOUT, _left(self._deadline))) as connection:
+        request = (
+            f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{header}\r\nConnection: "
+            "close\r\n\r\n"
+        )
+        with (
+            self._translated(what),
+            self._dial(min(_CONNECT_TIMEOUT, _left(self._deadline))) as connection,
+        ):
             connection.settimeout(_left(self._deadline))
             connection.sendall(request.encode())
             bounded = _Bounded(connection, self._deadline)
@@ -121,13 +143,19 @@ class _Service:
         try:
             yield
         except TimeoutError as error:
-            raise UnreachableError(f"no answer of the metadata service at {self._where} in time") from error
+            raise UnreachableError(
+                f"no answer of the metadata service at {self._where} in time"
+            ) from error
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UnreachableError(f"metadata service at {self._where} cannot be reached: {reason}") from error
+            raise UnreachableError(
+                f"metadata service at {self._where} cannot be reached: {reason}"
+            ) from error
         except (HTTPException, ValueError) as error:
             kind = type(error).__name__
-            raise UnreachableError(f"answer of the metadata service to {what} is not HTTP ({kind})") from error
+            raise UnreachableError(
+                f"answer of the metadata service to {what} is not HTTP ({kind})"
+            ) from error
 
 
 def _body(answer: HTTPResponse, what: str) -> bytes:
@@ -143,7 +171,9 @@ def _body(answer: HTTPResponse, what: str) -> bytes:
 
 
 class _Bounded(io.RawIOBase):
-    """What HTTPResponse reads of a connection: with one deadline for all of it, and a bound on the bytes."""
+    """What HTTPResponse reads of a connection: with one deadline for all of it, and a bound on the
+    bytes.
+    """
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection, self._deadline, self._count = connection, deadline, 0
@@ -177,14 +207,18 @@ def _left(deadline: float) -> float:
 def _refusal(status: int, what: str) -> AttestorError:
     if status == 404 and what.startswith(_TAGS):
         name = what.removeprefix(_TAGS)
-        return RefusedError(f"the instance has no tag {name}, or tags are not enabled in instance metadata", _ENABLE)
+        return RefusedError(
+            f"the instance has no tag {name}, or tags are not enabled in instance metadata", _ENABLE
+        )
     kind = UnreachableError if status == 429 or status >= 500 else RefusedError
     return kind(f"metadata service answers {status} for {what}")
 
 
 def _text(body: bytes, what: str) -> str:
     if len(body) > VALUE_MAX:
-        raise RefusedError(f"answer of the metadata service to {what} is longer than {VALUE_MAX} bytes")
+        raise RefusedError(
+            f"answer of the metadata service to {what} is longer than {VALUE_MAX} bytes"
+        )
     with contextlib.suppress(UnicodeDecodeError):
         text = body.decode()
         if text and text.isprintable():

@@ -26,12 +26,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
-_KEY_SIZES: Final[Mapping[str, int]] = {"AES_256": 32, "AES_128": 16}  # DataKeySpec, KMS API reference
+_KEY_SIZES: Final[Mapping[str, int]] = {
+    "AES_256": 32,
+    "AES_128": 16,
+}  # DataKeySpec, KMS API reference
 _PAIR_SPECS: Final = (  # DataKeyPairSpec, same place
-    "RSA_2048 RSA_3072 RSA_4096 ECC_NIST_P256 ECC_NIST_P384 ECC_NIST_P521 ECC_SECG_P256K1 SM2 ECC_NIST_EDWARDS25519"
+    "RSA_2048 RSA_3072 RSA_4096 ECC_NIST_P256 ECC_NIST_P384 ECC_NIST_P521 ECC_SECG_P256K1 SM2 "
+    "ECC_NIST_EDWARDS25519"
 ).split()
 _PUBLIC_KEY_MAX: Final = 8192  # PublicKey, same place
-_PEM: Final = re.compile(rb"\s*-----BEGIN PUBLIC KEY-----\s+([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----\s*")
+_PEM: Final = re.compile(
+    rb"\s*-----BEGIN PUBLIC KEY-----\s+([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----\s*"
+)
 
 
 def generate_data_key(
@@ -47,7 +53,9 @@ def generate_data_key(
     grant_tokens: tuple[str, ...],
     **connection: Any,
 ) -> None:
-    """GenerateDataKey: the plaintext key into one file, the CiphertextBlob into another; both or neither."""
+    """GenerateDataKey: the plaintext key into one file, the CiphertextBlob into another; both or
+    neither.
+    """
     if (spec is None) == (size is None):
         raise InputError("give either --spec or --bytes")
     if spec is not None and spec not in _KEY_SIZES:
@@ -78,7 +86,9 @@ def generate_data_key_pair(
     grant_tokens: tuple[str, ...],
     **connection: Any,
 ) -> None:
-    """GenerateDataKeyPair: private key, public key, and the CiphertextBlob of the private one; all or none."""
+    """GenerateDataKeyPair: private key, public key, and the CiphertextBlob of the private one; all
+    or none.
+    """
     if spec not in _PAIR_SPECS:
         raise InputError(f"--spec {spec} is none of {', '.join(_PAIR_SPECS)}")
     kms = _kms_for(key_id, any_key=any_key, connection=connection)
@@ -115,7 +125,7 @@ def derive_shared_secret(
     grant_tokens: tuple[str, ...],
     **connection: Any,
 ) -> None:
-    """DeriveSharedSecret: the raw ECDH secret of a KMS key and a peer's public key into one file."""
+    """DeriveSharedSecret: the raw ECDH secret of a KMS key and a peer's key into one file."""
     public_key = _read_public_key(peer_file)
     kms = _kms_for(key_id, any_key=any_key, connection=connection)
     with open_target(output, force=force) as target:
@@ -172,7 +182,9 @@ def encrypt(
     if not head:
         raise InputError(f"plaintext {plaintext_file} is empty")
     if form == "kms" and len(head) > PLAINTEXT_MAX:
-        raise InputError(f"plaintext {plaintext_file} is longer than the {PLAINTEXT_MAX} bytes that KMS takes")
+        raise InputError(
+            f"plaintext {plaintext_file} is longer than the {PLAINTEXT_MAX} bytes that KMS takes"
+        )
 
     def ask(parameters: dict[str, Any]) -> Mapping[str, Any]:
         return kms.call_plainly("encrypt", **parameters, **given(GrantTokens=list(grant_tokens)))
@@ -181,9 +193,13 @@ def encrypt(
         if form == "esdk" or len(head) > PLAINTEXT_MAX:
             from injection import esdk
 
-            esdk.encrypt(Message(head, rest), target.append, ask, key_id=key_id, context=encryption_context)
+            esdk.encrypt(
+                Message(head, rest), target.append, ask, key_id=key_id, context=encryption_context
+            )
         else:
-            answer = ask({"KeyId": key_id, "Plaintext": head, "EncryptionContext": encryption_context})
+            answer = ask(
+                {"KeyId": key_id, "Plaintext": head, "EncryptionContext": encryption_context}
+            )
             target.append(answer["CiphertextBlob"])
         target.seal()
         target.place()
@@ -205,11 +221,13 @@ def _pem(der: bytes, label: str) -> bytes:
     """Textual encoding of keys (RFC 7468 sections 10 and 13): lines of 64 characters."""
     text = base64.b64encode(der)
     lines = [text[start : start + 64] for start in range(0, len(text), 64)]
-    return b"\n".join([f"-----BEGIN {label}-----".encode(), *lines, f"-----END {label}-----\n".encode()])
+    return b"\n".join(
+        [f"-----BEGIN {label}-----".encode(), *lines, f"-----END {label}-----\n".encode()]
+    )
 
 
 def _read_public_key(path: str) -> bytes:
-    """A DER SubjectPublicKeyInfo of at most 8192 bytes, from DER or PEM; KMS checks what is in it."""
+    """A DER SubjectPublicKeyInfo of at most 8192 bytes, from DER or PEM; KMS checks its key."""
     try:
         with open(path, "rb") as source:
             data = source.read(2 * _PUBLIC_KEY_MAX)
@@ -220,5 +238,8 @@ def _read_public_key(path: str) -> bytes:
         with contextlib.suppress(ValueError):
             data = base64.b64decode(b"".join(found[1].split()), validate=True)
     if not data.startswith(b"\x30") or len(data) > _PUBLIC_KEY_MAX:
-        raise InputError(f"public key {path} is no SubjectPublicKeyInfo in PEM or DER, at most {_PUBLIC_KEY_MAX} bytes")
+        raise InputError(
+            f"public key {path} is no SubjectPublicKeyInfo in PEM or DER, at most "
+            f"{_PUBLIC_KEY_MAX} bytes"
+        )
     return data

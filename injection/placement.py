@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Placement:
     """Files that get their names after all of them are complete; a context manager.
 
-    Each target is absent or complete at any moment. Leaving with an error, or a signal while the names are given,
-    takes back what was placed, and puts back what was replaced.
+    Each target is absent or complete at any moment. Leaving with an error, or a signal while the
+    names are given, takes back what was placed, and puts back what was replaced.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,9 @@ class Placement:
         self._lock = threading.Lock()
         self._left = False
 
-    def add(self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)) -> SecretFile:
+    def add(
+        self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
+    ) -> SecretFile:
         """One more target; raises OutputError if it cannot be written."""
         target = self._stack.enter_context(SecretFile(path, force=force, mode=mode, owner=owner))
         self._targets.append(target)
@@ -51,7 +53,10 @@ class Placement:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         signals.point_of_no_return()  # a second signal must not stop the taking back
         with self._lock:

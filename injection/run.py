@@ -1,4 +1,6 @@
-"""`attestor inject`: every secret of a manifest into its place, all of them or none, then the program."""
+"""`attestor inject`: every secret of a manifest into its place, all of them or none, then the
+program.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,11 @@ _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
 _LARGE: Final = 8 << 20  # bytes, the same
 CREDENTIALS: Final = frozenset(
-    "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION "
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_CONTAINER_AUTHORIZATION_TOKEN "
-    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_WEB_IDENTITY_TOKEN_FILE AWS_EC2_METADATA_TOKEN".split()
+    "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN "
+    "AWS_CREDENTIAL_EXPIRATION AWS_CONTAINER_CREDENTIALS_RELATIVE_URI "
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_CONTAINER_AUTHORIZATION_TOKEN "
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_WEB_IDENTITY_TOKEN_FILE "
+    "AWS_EC2_METADATA_TOKEN".split()
 )
 """Variables that a program does not get, unless its manifest says so."""
 
@@ -82,8 +86,8 @@ def inject(
 ) -> None:
     """Place everything of a manifest, then become the program if there is one.
 
-    `addresses` of vsock, imds_vsock and s3_vsock win over the manifest's. Raises an AttestorError, and then nothing
-    that this run placed is left; ProgramError for the program itself.
+    `addresses` of vsock, imds_vsock and s3_vsock win over the manifest's. Raises an AttestorError,
+    and then nothing that this run placed is left; ProgramError for the program itself.
     """
     text = read_bounded(manifest_file, MANIFEST_MAX + 1, f"manifest {manifest_file}")
     if len(text) > MANIFEST_MAX:
@@ -91,12 +95,17 @@ def inject(
     manifest = parse(text, settings, os.environ, addresses)
     if manifest_file == "-" and any(entry.source == "-" for entry in manifest.entries):
         raise InputError("standard input is the manifest, and a source in it")
-    if receipt is not None and os.path.realpath(receipt) in {os.path.realpath(one.target) for one in manifest.entries}:
+    if receipt is not None and os.path.realpath(receipt) in {
+        os.path.realpath(one.target) for one in manifest.entries
+    }:
         raise InputError(f"receipt {receipt} is a target too")
     executable = find_program(program[0]) if program else None
     kms = _kms(manifest)
     with Placement() as placement:
-        targets = [placement.add(one.target, force=force, mode=one.mode, owner=one.owner) for one in manifest.entries]
+        targets = [
+            placement.add(one.target, force=force, mode=one.mode, owner=one.owner)
+            for one in manifest.entries
+        ]
         receipt_file = placement.add(receipt, force=force) if receipt is not None else None
         outcomes = _Injector(manifest, kms, placement).run(targets)
         if receipt_file is not None:
@@ -108,12 +117,19 @@ def inject(
 
 
 def _kms(manifest: Manifest) -> Kms:
-    """KMS as the manifest names it; what it leaves open comes from the environment of this process."""
-    key_id = manifest.key_id or next((entry.key_id for entry in manifest.entries if entry.key_id), None)
+    """KMS as the manifest names it; what it leaves open comes from the environment."""
+    key_id = manifest.key_id or next(
+        (entry.key_id for entry in manifest.entries if entry.key_id), None
+    )
     return connect(
-        key_id, manifest.region, manifest.endpoint_url, manifest.timeout, manifest.vsock, manifest.imds_vsock,
+        key_id,
+        manifest.region,
+        manifest.endpoint_url,
+        manifest.timeout,
+        manifest.vsock,
+        manifest.imds_vsock,
         manifest.ca_bundle,
-    )  # fmt: skip
+    )
 
 
 class _Injector:
@@ -139,13 +155,17 @@ class _Injector:
         self._progress = _Progress(len(manifest.entries))
 
     def _made_client(self, kms: Kms) -> Callable[[], Any]:
-        return lambda: attested(kms.ready_client(self._session, connections=self._manifest.concurrency))
+        return lambda: attested(
+            kms.ready_client(self._session, connections=self._manifest.concurrency)
+        )
 
     def run(self, targets: Sequence[SecretFile]) -> list[_Outcome]:
         """Fill every target; raises the first error."""
         pool = ThreadPoolExecutor(self._manifest.concurrency, "attestor-inject")
-        work = [pool.submit(self._fill, entry, target) for entry, target in zip(self._manifest.entries, targets,
-                                                                                strict=True)]  # fmt: skip
+        work = [
+            pool.submit(self._fill, entry, target)
+            for entry, target in zip(self._manifest.entries, targets, strict=True)
+        ]
         try:
             for future in as_completed(work, self._manifest.timeout):
                 future.result()
@@ -160,9 +180,8 @@ class _Injector:
     def _fill(self, entry: Entry, target: SecretFile) -> _Outcome:
         try:
             with self._sources.open(entry.source, entry.max_bytes) as stream:
-                outcome = self._secret(entry, stream, target) if entry.kind == "secret" else self._copy(
-                    entry, stream, target
-                )  # fmt: skip
+                fill = self._secret if entry.kind == "secret" else self._copy
+                outcome = fill(entry, stream, target)
             target.seal()
         except AttestorError as error:
             if entry.target not in str(error):
@@ -171,7 +190,9 @@ class _Injector:
         return outcome
 
     def _secret(self, entry: Entry, stream: Stream, target: SecretFile) -> _Outcome:
-        head = stream.read(min(entry.max_bytes, (2 * CIPHERTEXT_MAX if entry.base64 else CIPHERTEXT_MAX) + 1))
+        head = stream.read(
+            min(entry.max_bytes, (2 * CIPHERTEXT_MAX if entry.base64 else CIPHERTEXT_MAX) + 1)
+        )
         if is_message(head) and not entry.base64:
             return self._message(entry, Message(head, stream), target)
         if entry.signed:
@@ -185,7 +206,9 @@ class _Injector:
             }
         )
         self._placement.append(target, answer["Plaintext"])
-        return _Outcome(len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"])
+        return _Outcome(
+            len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"]
+        )
 
     def _message(self, entry: Entry, message: Message, target: SecretFile) -> _Outcome:
         from injection import esdk
@@ -204,9 +227,14 @@ class _Injector:
             self._progress.bytes(len(piece))
 
         esdk.decrypt(
-            message, append, ask, key_id=entry.key_id, context=entry.context or {}, grant_tokens=entry.grant_tokens,
+            message,
+            append,
+            ask,
+            key_id=entry.key_id,
+            context=entry.context or {},
+            grant_tokens=entry.grant_tokens,
             signed=entry.signed,
-        )  # fmt: skip
+        )
         append(b"")
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
 
@@ -228,7 +256,9 @@ class _Injector:
         if size == 0:
             raise InputError(f"source {entry.source} is empty")
         if entry.sha256 not in {None, digest.hexdigest()}:
-            raise NotAuthenticError(f"source {entry.source} has SHA-256 {digest.hexdigest()}, expected {entry.sha256}")
+            raise NotAuthenticError(
+                f"source {entry.source} has SHA-256 {digest.hexdigest()}, expected {entry.sha256}"
+            )
         return _Outcome(size)
 
 
@@ -258,10 +288,16 @@ class _Progress:
 
     def _show(self) -> None:
         now = time.monotonic()
-        if not self._terminal or now - self._shown < 0.1 or (self._total < _MANY and self._bytes < _LARGE):
+        if (
+            not self._terminal
+            or now - self._shown < 0.1
+            or (self._total < _MANY and self._bytes < _LARGE)
+        ):
             return
         self._shown = now
-        sys.stderr.write(f"\rattestor: {self._done} of {self._total}, {self._bytes >> 20} MiB of messages\x1b[K")
+        sys.stderr.write(
+            f"\rattestor: {self._done} of {self._total}, {self._bytes >> 20} MiB of messages\x1b[K"
+        )
         sys.stderr.flush()
 
 
@@ -304,7 +340,9 @@ def _checked(path: str, name: str) -> str:
     except OSError as error:
         raise ProgramError(f"{name} cannot be executed: {error.strerror}", 126) from error
     if not head.startswith((b"\x7fELF", b"#!")):
-        raise ProgramError(f"{name} cannot be executed: it is neither ELF nor a script with #!", 126)
+        raise ProgramError(
+            f"{name} cannot be executed: it is neither ELF nor a script with #!", 126
+        )
     return path
 
 

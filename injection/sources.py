@@ -1,4 +1,6 @@
-"""Where the bytes of a manifest come from: files, S3, https and standard input; bounded, and only over verified TLS."""
+"""Where the bytes of a manifest come from: files, S3, https and standard input; bounded, and only
+over verified TLS.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ class Stream:
 class Sources:
     """Opens sources; clients and connections are made once and kept. Thread-safe.
 
-    `ca_bundle` is for hosts of AWS, `https_ca_bundle` for all others; None leaves it to the environment.
+    `ca_bundle` is for hosts of AWS, `https_ca_bundle` for all others; None leaves it to the
+    environment.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Sources:
 
     @contextlib.contextmanager
     def open(self, source: str, limit: int) -> Iterator[Stream]:
-        """The stream of a source as the manifest names it: a path, "-", s3://BUCKET/KEY or https://."""
+        """The stream of a source as the manifest names it: a path, "-", s3://BUCKET/KEY or
+        https://.
+        """
         what = "standard input" if source == "-" else source
         with contextlib.ExitStack() as opened:
             with _translated(what):
@@ -112,7 +117,11 @@ class Sources:
         """The body of an https answer with status 200; redirects lead to https only."""
         for _ in range(_REDIRECTS_MAX + 1):
             answer = self._pool(urlsplit(url).hostname or "").request(
-                "GET", url, preload_content=False, redirect=False, headers={"Accept-Encoding": "identity"}
+                "GET",
+                url,
+                preload_content=False,
+                redirect=False,
+                headers={"Accept-Encoding": "identity"},
             )
             with contextlib.closing(answer):
                 if answer.status == 200:
@@ -137,25 +146,37 @@ class Sources:
             return self._pools[aws]
 
     def _trust(self, *, aws: bool) -> Any:
-        """What verifies a server: for AWS the SDK's bundle, for others OpenSSL's: SSL_CERT_FILE or its default."""
+        """What verifies a server: for AWS the SDK's bundle, for others OpenSSL's: SSL_CERT_FILE or
+        its default.
+        """
         import ssl
 
         from botocore.httpsession import get_cert_path
 
         if aws:
-            bundle = self._ca_bundle or self._session.get_config_variable("ca_bundle") or get_cert_path(True)
+            bundle = (
+                self._ca_bundle
+                or self._session.get_config_variable("ca_bundle")
+                or get_cert_path(True)
+            )
         else:  # a file that is named must be there: OpenSSL by itself would go on without it
             bundle = self._https_ca_bundle or os.environ.get("SSL_CERT_FILE") or None
         try:
             return ssl.create_default_context(cafile=bundle)
         except OSError as error:
-            raise InputError(f"CA bundle {bundle} cannot be read: {error.strerror or error}") from error
+            raise InputError(
+                f"CA bundle {bundle} cannot be read: {error.strerror or error}"
+            ) from error
 
 
 def is_of_aws(host: str, session: Any) -> bool:
     """Whether a host's name ends in a DNS suffix of a partition that the session's data knows."""
     partitions = session.get_component("data_loader").load_data("partitions")["partitions"]
-    suffixes = {partition["outputs"][name] for partition in partitions for name in ("dnsSuffix", "dualStackDnsSuffix")}
+    suffixes = {
+        partition["outputs"][name]
+        for partition in partitions
+        for name in ("dnsSuffix", "dualStackDnsSuffix")
+    }
     labels = host.lower().removesuffix(".").split(".")
     return any(".".join(labels[start:]) in suffixes for start in range(len(labels)))
 
@@ -216,11 +237,24 @@ def _ours(error: Exception) -> AttestorError | None:  # noqa: PLR0911 - a table,
             return error
         case sdk.ClientError():
             answer = error.response.get("Error", {})
-            said = ": ".join(filter(None, (str(answer.get("Code") or "error"), str(answer.get("Message") or ""))))
-            return _refusal(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), said)
-        case sdk.NoCredentialsError() | sdk.PartialCredentialsError() | sdk.CredentialRetrievalError():
+            said = ": ".join(
+                filter(None, (str(answer.get("Code") or "error"), str(answer.get("Message") or "")))
+            )
+            return _refusal(
+                error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), said
+            )
+        case (
+            sdk.NoCredentialsError()
+            | sdk.PartialCredentialsError()
+            | sdk.CredentialRetrievalError()
+        ):
             return RefusedError(f"no valid AWS credentials: {error}")
-        case http.HTTPError() | sdk.HTTPClientError() | sdk.ConnectionError() | sdk.IncompleteReadError():
+        case (
+            http.HTTPError()
+            | sdk.HTTPClientError()
+            | sdk.ConnectionError()
+            | sdk.IncompleteReadError()
+        ):
             kinds = (ssl.SSLCertVerificationError, CertificateError)
             if any(isinstance(cause, kinds) for cause in causes(error)):
                 return NotAuthenticError(f"certificate is not valid: {error}")

@@ -1,7 +1,8 @@
-"""AF_VSOCK under botocore's own sessions: the TLS connection to the real endpoint, carried by the parent's vsock-proxy.
+"""AF_VSOCK under botocore's own sessions: the TLS connection to the real endpoint, carried by the
+parent's vsock-proxy.
 
-Only the way of the bytes is another one: server name, certificate check and signature stay those of the endpoint, and
-nothing but the one client or session that is handed in changes.
+Only the way of the bytes is another one: server name, certificate check and signature stay those of
+the endpoint, and nothing but the one client or session that is handed in changes.
 """
 
 from __future__ import annotations
@@ -48,12 +49,20 @@ def dial(address: Address, timeout: float | None) -> socket.socket:
 
 
 def carry(client: Any, address: Address) -> None:
-    """Let every connection of this botocore client go through vsock; a proxy of the environment is not asked."""
-    carry_by(client._endpoint.http_session, f"vsock {address[0]}:{address[1]}", lambda timeout: dial(address, timeout))
+    """Let every connection of this botocore client go through vsock; a proxy of the environment is
+    not asked.
+    """
+    carry_by(
+        client._endpoint.http_session,
+        f"vsock {address[0]}:{address[1]}",
+        lambda timeout: dial(address, timeout),
+    )
 
 
 def carry_by(http_session: Any, where: str, dial: Dial) -> None:
-    """Let a botocore URLLib3Session, and no other, open its connections by `dial`; `where` is for messages."""
+    """Let a botocore URLLib3Session, and no other, open its connections by `dial`; `where` is for
+    messages.
+    """
     http_session._proxy_config._proxies = {}
     http_session._manager.pool_classes_by_scheme = _pools(where, dial)
 
@@ -69,21 +78,26 @@ def _pools(where: str, dial: Dial) -> Mapping[str, type[Any]]:
         except TimeoutError as error:
             raise ConnectTimeoutError(connection, f"no connection to {where} in time") from error
         except OSError as error:
-            raise NewConnectionError(connection, f"no connection to {where}: {error.strerror or error}") from error
+            raise NewConnectionError(
+                connection, f"no connection to {where}: {error.strerror or error}"
+            ) from error
 
     plain = type("VsockConnection", (awsrequest.AWSHTTPConnection,), {"_new_conn": connect})
     secure = type("VsockTlsConnection", (awsrequest.AWSHTTPSConnection,), {"_new_conn": connect})
     return {
         "http": type("VsockPool", (awsrequest.AWSHTTPConnectionPool,), {"ConnectionCls": plain}),
-        "https": type("VsockTlsPool", (awsrequest.AWSHTTPSConnectionPool,), {"ConnectionCls": secure}),
+        "https": type(
+            "VsockTlsPool", (awsrequest.AWSHTTPSConnectionPool,), {"ConnectionCls": secure}
+        ),
     }
 
 
 def carry_metadata(session: Any, address: Address) -> None:
-    """Let a botocore session get the role's credentials from the metadata service (IMDSv2) through vsock.
+    """Let a botocore session get the role's credentials from the metadata service (IMDSv2) through
+    vsock.
 
-    They are refreshed before they expire, as always. What the rest of the chain finds, environment first, still comes
-    before them.
+    They are refreshed before they expire, as always. What the rest of the chain finds, environment
+    first, still comes before them.
     """
     from botocore.credentials import InstanceMetadataProvider
 
@@ -94,11 +108,15 @@ def carry_metadata(session: Any, address: Address) -> None:
 
 
 def _metadata_fetcher(address: Address) -> Any:
-    """botocore's fetcher of role credentials, with our connections, and with version 1 never asked."""
+    """botocore's fetcher of role credentials, with our connections; version 1 is never asked."""
     from botocore.utils import InstanceMetadataFetcher
 
     fetcher: Any = InstanceMetadataFetcher(
-        timeout=_METADATA_TIMEOUT, num_attempts=_METADATA_ATTEMPTS, config={"ec2_metadata_v1_disabled": True}
+        timeout=_METADATA_TIMEOUT,
+        num_attempts=_METADATA_ATTEMPTS,
+        config={"ec2_metadata_v1_disabled": True},
     )
-    carry_by(fetcher._session, f"vsock {address[0]}:{address[1]}", lambda timeout: dial(address, timeout))
+    carry_by(
+        fetcher._session, f"vsock {address[0]}:{address[1]}", lambda timeout: dial(address, timeout)
+    )
     return fetcher

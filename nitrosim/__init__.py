@@ -1,4 +1,5 @@
-"""What a laptop lacks: a software Nitro Secure Module behind /dev/nsm, and a KMS that honours attestation documents.
+"""What a laptop lacks: a software Nitro Secure Module behind /dev/nsm, and a KMS that honours
+attestation documents.
 
 Importing this package opens nothing, starts nothing and loads none of its parts.
 """

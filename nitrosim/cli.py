@@ -1,7 +1,8 @@
 """The command `nitrosim`: run a command in a simulated enclave, or serve one.
 
-Exit status of `run`: the command's own; 127 if there is no such program, 126 if it cannot be executed, 128 plus the
-number of the signal that ended it; 2 for options that cannot be, 1 when the simulator cannot start.
+Exit status of `run`: the command's own; 127 if there is no such program, 126 if it cannot be
+executed, 128 plus the number of the signal that ended it; 2 for options that cannot be, 1 when the
+simulator cannot start.
 """
 
 from __future__ import annotations
@@ -49,19 +50,53 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed((
-        click.option("--pcr", "pcrs", metavar="N=HEX", multiple=True, help="a PCR of the enclave, repeatable"),
-        click.option("--debug-mode", "debug", is_flag=True, help="an enclave in debug mode: PCR0, 1, 2 and 8 are zero"),
-        click.option("--key-policy", metavar="FILE", help='JSON policy of alias/nitrosim; "-" is standard input'),
-        click.option("--principal", metavar="ARN", help="whose credentials the command gets"),
-        click.option("--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"),
-        click.option("--fault", "faults", metavar="NAME", multiple=True,
-            help='what goes wrong, one of each layer; "nitrosim faults" lists them'),
-        click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True,
-            help="a tag of the instance, repeatable; starts the metadata service"),
-        click.option("--clock-skew", metavar="SECONDS", type=click.FloatRange(-1e6, 1e6), default=0.0,
-            help="how far the clock of KMS is ahead"),
-    )):  # fmt: skip
+    for option in reversed(
+        (
+            click.option(
+                "--pcr",
+                "pcrs",
+                metavar="N=HEX",
+                multiple=True,
+                help="a PCR of the enclave, repeatable",
+            ),
+            click.option(
+                "--debug-mode",
+                "debug",
+                is_flag=True,
+                help="an enclave in debug mode: PCR0, 1, 2 and 8 are zero",
+            ),
+            click.option(
+                "--key-policy",
+                metavar="FILE",
+                help='JSON policy of alias/nitrosim; "-" is standard input',
+            ),
+            click.option("--principal", metavar="ARN", help="whose credentials the command gets"),
+            click.option(
+                "--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"
+            ),
+            click.option(
+                "--fault",
+                "faults",
+                metavar="NAME",
+                multiple=True,
+                help='what goes wrong, one of each layer; "nitrosim faults" lists them',
+            ),
+            click.option(
+                "--tag",
+                "tags",
+                metavar="NAME=VALUE",
+                multiple=True,
+                help="a tag of the instance, repeatable; starts the metadata service",
+            ),
+            click.option(
+                "--clock-skew",
+                metavar="SECONDS",
+                type=click.FloatRange(-1e6, 1e6),
+                default=0.0,
+                help="how far the clock of KMS is ahead",
+            ),
+        )
+    ):
         command = option(command)
     return command
 
@@ -81,8 +116,8 @@ def run(command: tuple[str, ...], **options: Any) -> int:
     Example:
       nitrosim run -- sh -c 'attestor decrypt --any-key blob out && cat out'
 
-    COMMAND finds a Nitro Secure Module at /dev/nsm, and a KMS with a key behind alias/nitrosim in eu-west-1. Keys and
-    certificates are new in each run.
+    COMMAND finds a Nitro Secure Module at /dev/nsm, and a KMS with a key behind alias/nitrosim in
+    eu-west-1. Keys and certificates are new in each run.
     """
     with _world(**options) as world:
         return _run(command, world.environment(os.environ))
@@ -90,18 +125,24 @@ def run(command: tuple[str, ...], **options: Any) -> int:
 
 @cli.command()
 @_world_options
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="of the KMS  [default: a free one]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="of the KMS  [default: a free one]"
+)
 @click.option(
     "--device",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="a device of the kernel's own, such as /dev/nsm, in the place of the shim; for root, needs CUSE",
+    help="a device of the kernel's own, such as /dev/nsm, in the place of the shim; for root, "
+    "needs CUSE",
 )
-@click.option("--no-instance-tags", is_flag=True, help="tags are not in the metadata, as by default in EC2")
+@click.option(
+    "--no-instance-tags", is_flag=True, help="tags are not in the metadata, as by default in EC2"
+)
 @click.option(
     "--vsock",
     is_flag=True,
-    help="the parent's services on vsock: 8000 KMS, 8001 S3, 8002 metadata, 8003 status lines, shown on stderr",
+    help="the parent's services on vsock: 8000 KMS, 8001 S3, 8002 metadata, 8003 status lines, "
+    "shown on stderr",
 )
 def serve(**options: Any) -> None:
     """Start both and stay; prints the environment that leads a command to them, as shell commands.
@@ -116,7 +157,10 @@ def serve(**options: Any) -> None:
     ending = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the threads start, which inherit it
     with _world(**options, on_status=_show) as world:
-        for line in [*_exports(world.environment(os.environ)), *_container(world, world.environment({}))]:
+        for line in [
+            *_exports(world.environment(os.environ)),
+            *_container(world, world.environment({})),
+        ]:
             click.echo(line)
         sys.stdout.flush()
         signal.sigwait(ending)
@@ -139,7 +183,12 @@ def faults() -> None:
 
 @contextlib.contextmanager
 def _world(
-    *, pcrs: Sequence[str], key_policy: str | None, tags: Sequence[str], no_instance_tags: bool = False, **options: Any
+    *,
+    pcrs: Sequence[str],
+    key_policy: str | None,
+    tags: Sequence[str],
+    no_instance_tags: bool = False,
+    **options: Any,
 ) -> Iterator[Any]:
     from nitrosim.device import SimulatorError
     from nitrosim.world import World
@@ -150,7 +199,9 @@ def _world(
             options["tags"] = dict(map(_tag, tags)) if tags or no_instance_tags else None
             if no_instance_tags:  # there, but the metadata has none of them
                 options["tags"].clear()
-            world = stack.enter_context(World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options))
+            world = stack.enter_context(
+                World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options)
+            )
         except (ValueError, PolicyError) as error:
             raise click.UsageError(str(error)) from error
         except (SimulatorError, OSError) as error:
@@ -182,7 +233,9 @@ def _read(path: str | None) -> str | None:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run the command as a shell would: a terminal's signals reach it directly, others are passed on."""
+    """Run the command as a shell would: a terminal's signals reach it directly, others are passed
+    on.
+    """
     children: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: object) -> None:
@@ -208,20 +261,27 @@ def _exports(environment: dict[str, str]) -> list[str]:
     """Shell commands that turn the caller's environment into this one."""
     gone = [f"unset {name}" for name in os.environ if name not in environment]
     new = [
-        f"export {name}={shlex.quote(value)}" for name, value in environment.items() if os.environ.get(name) != value
+        f"export {name}={shlex.quote(value)}"
+        for name, value in environment.items()
+        if os.environ.get(name) != value
     ]
     return gone + new
 
 
 def _container(world: Any, environment: dict[str, str]) -> list[str]:
-    """Comments that say what a container needs to be in this world: its files, its network, its variables."""
+    """Comments that say what a container needs to be in this world: its files, its network, its
+    variables.
+    """
     paths = {str(Path(environment[name]).parent) for name in _PATHS if name in environment}
     folders = sorted({str(world.folder), *paths})
     volumes = "".join(f" --volume {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
     device = f" --device {shlex.quote(_mapping(world.device))}" if world.device else ""
     variables = "".join(f" --env {name}" for name in sorted(environment))
     return [
-        f"# a container of {'any image' if world.device else 'an image with glibc'} is in this world with:",
+        (
+            f"# a container of {'any image' if world.device else 'an image with glibc'} is in this "
+            "world with:"
+        ),
         f"#   podman run --network host{device}{volumes}{variables} IMAGE",
     ]
 

@@ -1,17 +1,20 @@
-"""The software NSM as a character device of the kernel's own: /dev/nsm for every process and every container.
+"""The software NSM as a character device of the kernel's own: /dev/nsm for every process and every
+container.
 
     with CuseDevice(SoftwareNsm(pki), Path("/dev/nsm")):
         subprocess.run(command)
 
-CUSE hands each call on the device to this process as a message of the FUSE protocol (linux/fuse.h, version 7), read
-from /dev/cuse and answered there. `Dialogue` is that protocol without a file descriptor; `CuseDevice` gives it one.
-Who opened the device, and how often, makes no difference: nothing is kept for a handle.
+CUSE hands each call on the device to this process as a message of the FUSE protocol (linux/fuse.h,
+version 7), read from /dev/cuse and answered there. `Dialogue` is that protocol without a file
+descriptor; `CuseDevice` gives it one. Who opened the device, and how often, makes no difference:
+nothing is kept for a handle.
 
-An ioctl comes in up to three messages. The first carries the argument alone, and is told to come again with struct
-nsm_raw; the second carries that, and is told to come again with the request and with room for the response; the third
-carries all. What cannot be copied is EFAULT, from the kernel. As in drivers/misc/nsm.c a response is cut to the
-caller's room and its length is written back; unlike there, the length is written before the response, so that it has
-changed, too, when the response's address turns out to be bad.
+An ioctl comes in up to three messages. The first carries the argument alone, and is told to come
+again with struct nsm_raw; the second carries that, and is told to come again with the request and
+with room for the response; the third carries all. What cannot be copied is EFAULT, from the kernel.
+As in drivers/misc/nsm.c a response is cut to the caller's room and its length is written back;
+unlike there, the length is written before the response, so that it has changed, too, when the
+response's address turns out to be bad.
 """
 
 from __future__ import annotations
@@ -58,19 +61,26 @@ BATCH_FORGET: Final = 42
 CUSE_INIT: Final = 4096
 
 # The structures, in the machine's own byte order: fuse_in_header, fuse_out_header, and so on
-IN_HEADER: Final = struct.Struct("=IIQQIIIHH")  # length, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
+IN_HEADER: Final = struct.Struct(
+    "=IIQQIIIHH"
+)  # length, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 OUT_HEADER: Final = struct.Struct("=IiQ")  # length, error, unique
 INIT_IN: Final = struct.Struct("=IIII")  # major, minor, unused, flags
-INIT_OUT: Final = struct.Struct("=IIIIIIII40x")  # the same, max_read, max_write, dev_major, dev_minor, spare
+INIT_OUT: Final = struct.Struct(
+    "=IIIIIIII40x"
+)  # the same, max_read, max_write, dev_major, dev_minor, spare
 OPEN_OUT: Final = struct.Struct("=QII")  # fh, open_flags, padding
 INTERRUPT_IN: Final = struct.Struct("=Q")  # unique
 IOCTL_IN: Final = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
 IOCTL_OUT: Final = struct.Struct("=iIII")  # result, flags, in_iovs, out_iovs
 IOVEC: Final = struct.Struct("=QQ")  # base, len
-NSM_RAW: Final = struct.Struct("=QQQQ")  # linux/nsm.h: request.addr, request.len, response.addr, response.len
+NSM_RAW: Final = struct.Struct(
+    "=QQQQ"
+)  # linux/nsm.h: request.addr, request.len, response.addr, response.len
 
 _MAJOR: Final = 7  # FUSE_KERNEL_VERSION
-_MINOR: Final = 16  # the first with struct fuse_ioctl_iovec in the place of iovec; nothing here needs a later one
+# the first with struct fuse_ioctl_iovec in the place of iovec; nothing here needs a later one
+_MINOR: Final = 16
 _OLDEST: Final = 16
 _UNRESTRICTED_IOCTL: Final = 1  # CUSE_UNRESTRICTED_IOCTL
 _RETRY: Final = 4  # FUSE_IOCTL_RETRY
@@ -82,7 +92,9 @@ _MESSAGE_MAX: Final = (
 
 
 class Message(NamedTuple):
-    """What the kernel sends: an opcode, a number that the reply repeats, and the opcode's own arguments."""
+    """What the kernel sends: an opcode, a number that the reply repeats, and the opcode's own
+    arguments.
+    """
 
     opcode: int
     unique: int
@@ -108,7 +120,9 @@ def refusal(unique: int, number: int) -> bytes:
 
 
 def _retry(incoming: Iterable[tuple[int, int]], outgoing: Iterable[tuple[int, int]] = ()) -> bytes:
-    """The answer to an ioctl that is to come again, with these pieces of the caller's memory: (address, length)."""
+    """The answer to an ioctl that is to come again, with these pieces of the caller's memory:
+    (address, length).
+    """
     incoming, outgoing = list(incoming), list(outgoing)
     pieces = b"".join(IOVEC.pack(*piece) for piece in incoming + outgoing)
     return IOCTL_OUT.pack(0, _RETRY, len(incoming), len(outgoing)) + pieces
@@ -163,7 +177,8 @@ class Dialogue:
             return OPEN_OUT.pack(0, _DIRECT_IO, 0)
         if message.opcode in {RELEASE, FLUSH}:
             return b""
-        # As a device without the operation; ENOSYS to a poll makes the kernel answer it by itself, always ready
+        # As a device without the operation; ENOSYS to a poll makes the kernel answer it by itself,
+        # always ready
         raise _RefusedError(errno.EINVAL if message.opcode in {READ, WRITE} else errno.ENOSYS)
 
     def _init(self, body: bytes) -> bytes:
@@ -197,7 +212,10 @@ class Dialogue:
         return self._ask(raw, request, out_size - NSM_RAW.size)
 
     def _ask(self, raw: bytes, request: bytes, room: int) -> bytes | None:
-        """Put the request to the module. Its sizes are those that were checked, whatever struct nsm_raw says by now."""
+        """Put the request to the module.
+
+        Its sizes are those that were checked, whatever struct nsm_raw says by now.
+        """
         if len(request) > REQUEST_MAX or room < 0:
             raise _RefusedError(errno.EINVAL)
         if getattr(self._module, "silent", False):
@@ -230,21 +248,26 @@ def _pieces(raw: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 class CuseDevice:
-    """One module as a character device at `path`, mode 0666, until it is closed; for root, on a kernel with CUSE.
+    """One module as a character device at `path`, mode 0666, until it is closed; for root, on a
+    kernel with CUSE.
 
-    The name of the device is the path's last part; where /dev is not the kernel's own, or the path is not in /dev, the
-    node is made and removed here. Whoever waits for an answer at the end sees EIO. Raises SimulatorError when it cannot
-    be started.
+    The name of the device is the path's last part; where /dev is not the kernel's own, or the path
+    is not in /dev, the node is made and removed here. Whoever waits for an answer at the end sees
+    EIO. Raises SimulatorError when it cannot be started.
     """
 
     def __init__(self, module: Module, path: Path = Path(DEVICE)) -> None:
         self.path = path
         self._dialogue = Dialogue(module, _name(path))
         with contextlib.ExitStack() as cleanup:
-            self._channel = cleanup.enter_context(_open_channel())  # as long as it is open there is a device
+            self._channel = cleanup.enter_context(
+                _open_channel()
+            )  # as long as it is open there is a device
             _register(self._channel, self._dialogue, path.name)
             stop, stopped = (cleanup.enter_context(end) for end in socket.socketpair())
-            thread = threading.Thread(target=self._serve, args=(stopped,), name="nitrosim-cuse", daemon=True)
+            thread = threading.Thread(
+                target=self._serve, args=(stopped,), name="nitrosim-cuse", daemon=True
+            )
             thread.start()
             cleanup.callback(thread.join)
             cleanup.callback(stop.shutdown, socket.SHUT_RDWR)
@@ -252,7 +275,9 @@ class CuseDevice:
             self._cleanup = cleanup.pop_all()
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The variables of a process that is to find this module: what it has, since the device is there for all."""
+        """The variables of a process that is to find this module: what it has, since the device is
+        there for all.
+        """
         return dict(base)
 
     def close(self) -> None:
@@ -263,7 +288,10 @@ class CuseDevice:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -282,14 +310,22 @@ class CuseDevice:
 
 
 def _name(path: Path) -> str:
-    """The name of a device, which the kernel takes from a line NAME=VALUE, without the blanks around it."""
+    """The name of a device, which the kernel takes from a line NAME=VALUE, without the blanks
+    around it.
+    """
     name = path.name
-    if not (path.is_absolute() and name.isascii() and name.isprintable() and name == name.strip()) or (
-        not 0 < len(name) <= _NAME_MAX or name == ".." or "!" in name  # "!" stands for a slash there
+    if not (
+        path.is_absolute() and name.isascii() and name.isprintable() and name == name.strip()
+    ) or (
+        not 0 < len(name) <= _NAME_MAX
+        or name == ".."
+        or "!" in name  # "!" stands for a slash there
     ):
         raise SimulatorError(f"no path of a device: {path}, expected one such as {DEVICE}")
     if path.exists() or path.is_symlink():
-        raise SimulatorError(f"{path} is there already: this machine has one, or another simulator does")
+        raise SimulatorError(
+            f"{path} is there already: this machine has one, or another simulator does"
+        )
     return name
 
 
@@ -300,16 +336,21 @@ def _open_channel() -> io.FileIO:
         raise SimulatorError(f"only root may open {CHANNEL} and make a device") from error
     except OSError as error:  # ENOENT, or a node that the module does not stand behind
         raise SimulatorError(
-            f"this kernel offers no device in user space, {CHANNEL}: {error.strerror}; try: modprobe cuse"
+            f"this kernel offers no device in user space, {CHANNEL}: {error.strerror}; try: "
+            "modprobe cuse"
         ) from error
 
 
 def _register(channel: io.FileIO, dialogue: Dialogue, name: str) -> None:
-    """Answer the first message, with which the kernel asks for the name; it hangs up when it wants none of that."""
+    """Answer the first message, with which the kernel asks for the name; it hangs up when it wants
+    none of that.
+    """
     select.select([channel], [], [], _PATIENCE)
     asked, accepted = _exchange(channel, dialogue), _exchange(channel, dialogue)
     if not (asked and accepted):
-        raise SimulatorError(f"the kernel refuses a device called {name}: is there another one of that name?")
+        raise SimulatorError(
+            f"the kernel refuses a device called {name}: is there another one of that name?"
+        )
 
 
 def _exchange(channel: io.FileIO, dialogue: Dialogue) -> bool:

@@ -1,9 +1,11 @@
-"""The software NSM behind /dev/nsm: a Unix socket that answers, and the C shim that leads a process to it.
+"""The software NSM behind /dev/nsm: a Unix socket that answers, and the C shim that leads a process
+to it.
 
     with SimulatedDevice(SoftwareNsm(pki)) as device:
         subprocess.run(command, env=device.environment(os.environ))
 
-One SEQPACKET message is one request, one message back its answer; shim.c says what a process sees of it.
+One SEQPACKET message is one request, one message back its answer; shim.c says what a process sees
+of it.
 """
 
 from __future__ import annotations
@@ -52,11 +54,14 @@ class Module(Protocol):
 def build_shim(folder: Path | None = None) -> Path:
     """Compile the shim, unless the folder has it already, and return its path.
 
-    The folder is a cache of this user alone, ~/.cache/nitrosim by default; the compiler is cc, or what CC names.
-    Raises SimulatorError without a compiler, and for a folder that cannot be used.
+    The folder is a cache of this user alone, ~/.cache/nitrosim by default; the compiler is cc, or
+    what CC names. Raises SimulatorError without a compiler, and for a folder that cannot be used.
     """
     compiler = _compiler()
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nitrosim"
+    folder = (
+        folder
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nitrosim"
+    )
     library = folder.absolute() / f"shim-{_fingerprint(compiler)}.so"
     if set(str(library)) & set(" :\t\n"):  # what separates the names in LD_PRELOAD
         raise SimulatorError(f"a path with a blank or a colon cannot be preloaded: {library}")
@@ -73,7 +78,9 @@ def _compiler() -> list[str]:
     command = shlex.split(os.environ.get("CC", "cc")) or ["cc"]
     found = shutil.which(command[0])
     if found is None:
-        raise SimulatorError(f"no C compiler: {command[0]} is not on the PATH, and CC may name another")
+        raise SimulatorError(
+            f"no C compiler: {command[0]} is not on the PATH, and CC may name another"
+        )
     return [found, *command[1:]]
 
 
@@ -89,17 +96,21 @@ def _compile(compiler: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
         output = Path(work) / library.name
         command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(output), *_LIBRARIES]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
         if done.returncode != 0:
-            raise SimulatorError(f"{compiler[0]} cannot compile {_SOURCE.name}: {done.stderr.strip()}")
+            raise SimulatorError(
+                f"{compiler[0]} cannot compile {_SOURCE.name}: {done.stderr.strip()}"
+            )
         output.replace(library)
 
 
 class SimulatedDevice:
     """Serves one module to every process that runs in its `environment`, until it is closed.
 
-    The socket lives in a new private folder, or in `folder` when other users are to reach it. Raises SimulatorError
-    when it cannot be started.
+    The socket lives in a new private folder, or in `folder` when other users are to reach it.
+    Raises SimulatorError when it cannot be started.
     """
 
     def __init__(self, module: Module, *, folder: Path | None = None) -> None:
@@ -107,7 +118,9 @@ class SimulatedDevice:
         self._unanswered: list[socket.socket] = []
         self._shim = build_shim()
         with contextlib.ExitStack() as cleanup:
-            home = folder or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="nitrosim-")))
+            home = folder or Path(
+                cleanup.enter_context(tempfile.TemporaryDirectory(prefix="nitrosim-"))
+            )
             self.socket = home.absolute() / "nsm.sock"
             listener = cleanup.enter_context(_listen(self.socket))
             cleanup.callback(self.socket.unlink, missing_ok=True)
@@ -115,16 +128,24 @@ class SimulatedDevice:
             stop, stopped = (cleanup.enter_context(end) for end in socket.socketpair())
             self._selector.register(stopped, selectors.EVENT_READ)
             self._selector.register(listener, selectors.EVENT_READ)
-            thread = threading.Thread(target=self._serve, args=(listener,), name="nitrosim-nsm", daemon=True)
+            thread = threading.Thread(
+                target=self._serve, args=(listener,), name="nitrosim-nsm", daemon=True
+            )
             thread.start()
             cleanup.callback(thread.join)
             cleanup.callback(stop.shutdown, socket.SHUT_RDWR)
             self._cleanup = cleanup.pop_all()
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The variables of a process that is to find this module at /dev/nsm, on top of what it has."""
+        """The variables of a process that is to find this module at /dev/nsm, on top of what it
+        has.
+        """
         preloaded = [str(self._shim), base.get("LD_PRELOAD", "")]
-        return {**base, "LD_PRELOAD": " ".join(filter(None, preloaded)), SOCKET_VARIABLE: str(self.socket)}
+        return {
+            **base,
+            "LD_PRELOAD": " ".join(filter(None, preloaded)),
+            SOCKET_VARIABLE: str(self.socket),
+        }
 
     def close(self) -> None:
         """Stop answering and remove the socket; a second call does nothing."""
@@ -134,7 +155,10 @@ class SimulatedDevice:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -142,7 +166,9 @@ class SimulatedDevice:
         """One thread for all: the kernel's driver handles one request at a time as well."""
         clients: set[socket.socket] = set()
         try:
-            while all(self._handle(key.fileobj, listener, clients) for key, _ in self._selector.select()):
+            while all(
+                self._handle(key.fileobj, listener, clients) for key, _ in self._selector.select()
+            ):
                 pass
         finally:  # whoever waits for an answer sees EIO, also when the module itself broke
             for connection in (listener, *clients, *self._unanswered):
@@ -165,7 +191,7 @@ class SimulatedDevice:
         return True
 
     def _reply(self, client: socket.socket) -> None:
-        """One request, one answer; nothing for a client that only opened the device, or vanished."""
+        """One request, one answer; none for a client that only opened the device, or vanished."""
         with contextlib.suppress(OSError):
             request = client.recv(REQUEST_MAX + 1)
             if request and getattr(self._module, "silent", False):
@@ -177,7 +203,9 @@ class SimulatedDevice:
 def _accept(listener: socket.socket) -> socket.socket | None:
     try:
         client, _ = listener.accept()
-    except OSError:  # the client is gone again, or no descriptor is left: give others time to return one
+    except (
+        OSError
+    ):  # the client is gone again, or no descriptor is left: give others time to return one
         threading.Event().wait(_PAUSE)
         return None
     client.setblocking(False)

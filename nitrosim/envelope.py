@@ -1,7 +1,9 @@
-"""Writes CiphertextForRecipient: the CMS EnvelopedData (RFC 5652, clause 6) in which KMS seals a plaintext.
+"""Writes CiphertextForRecipient: the CMS EnvelopedData (RFC 5652, clause 6) in which KMS seals a
+plaintext.
 
-`seal` writes what honest services write, `malform` what a client must refuse: one defect in each, and nothing else
-wrong. KMS's form is the one of genuine answers: indefinite lengths outside, definite ones in the recipient.
+`seal` writes what honest services write, `malform` what a client must refuse: one defect in each,
+and nothing else wrong. KMS's form is the one of genuine answers: indefinite lengths outside,
+definite ones in the recipient.
 """
 
 from __future__ import annotations
@@ -79,19 +81,25 @@ _RECIPIENT_NAME: Final = _tlv(
 _LABEL: Final = b"nitrosim"
 
 
-def _oaep_algorithm(digest: bytes = _SHA256, mgf: bytes = _SHA256, label: bytes | None = None) -> bytes:
+def _oaep_algorithm(
+    digest: bytes = _SHA256, mgf: bytes = _SHA256, label: bytes | None = None
+) -> bytes:
     """AlgorithmIdentifier of RSAES-OAEP with RSAES-OAEP-params (RFC 4055, clause 4.1)."""
     parameters = [
         _tlv(_CONTEXT | _CONSTRUCTED | 0, digest),
         _tlv(_CONTEXT | _CONSTRUCTED | 1, _tlv(_SEQUENCE, _MGF1, mgf)),
     ]
     if label is not None:
-        parameters.append(_tlv(_CONTEXT | _CONSTRUCTED | 2, _tlv(_SEQUENCE, _P_SPECIFIED, _tlv(_OCTETS, label))))
+        parameters.append(
+            _tlv(_CONTEXT | _CONSTRUCTED | 2, _tlv(_SEQUENCE, _P_SPECIFIED, _tlv(_OCTETS, label)))
+        )
     return _tlv(_SEQUENCE, _RSAES_OAEP, _tlv(_SEQUENCE, *parameters))
 
 
 def _oaep(
-    digest: hashes.HashAlgorithm | None = None, mgf: hashes.HashAlgorithm | None = None, label: bytes | None = None
+    digest: hashes.HashAlgorithm | None = None,
+    mgf: hashes.HashAlgorithm | None = None,
+    label: bytes | None = None,
 ) -> padding.OAEP:
     return padding.OAEP(padding.MGF1(mgf or hashes.SHA256()), digest or hashes.SHA256(), label)
 
@@ -106,7 +114,9 @@ class _Opened:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Recipient:
-    """KeyTransRecipientInfo (RFC 5652, clause 6.2.1); `spki` names the recipient, `key` is what it is encrypted to."""
+    """KeyTransRecipientInfo (RFC 5652, clause 6.2.1); `spki` names the recipient, `key` is what it
+    is encrypted to.
+    """
 
     spki: bytes
     content_key: bytes
@@ -123,7 +133,13 @@ class _Recipient:
         # subjectKeyIdentifier: KMS takes SHA-256 of the whole SubjectPublicKeyInfo
         identifier = self.identifier or _tlv(_CONTEXT | 0, hashlib.sha256(self.spki).digest())
         encrypted_key = key.encrypt(self.content_key, self.padding)
-        return _tlv(_SEQUENCE, _integer(self.version), identifier, self.algorithm, _tlv(_OCTETS, encrypted_key))
+        return _tlv(
+            _SEQUENCE,
+            _integer(self.version),
+            identifier,
+            self.algorithm,
+            _tlv(_OCTETS, encrypted_key),
+        )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -152,13 +168,19 @@ class _Envelope:
     def content_info(self, content: bytes | None = None) -> bytes:
         """EncryptedContentInfo (RFC 5652, clause 6.1)."""
         algorithm = _tlv(_SEQUENCE, self.cipher, _tlv(_OCTETS, self.iv))
-        return self.outer(_SEQUENCE, self.inner_type, algorithm, self.content() if content is None else content)
+        return self.outer(
+            _SEQUENCE, self.inner_type, algorithm, self.content() if content is None else content
+        )
 
     def encode(self, content: bytes | None = None) -> bytes:
         """The whole, with `content` in the place of the [0] field if given."""
         recipients = _tlv(_SET, *(recipient.encode() for recipient in self.recipients))
-        enveloped = self.outer(_SEQUENCE, _integer(self.version), recipients, self.content_info(content))
-        return self.outer(_SEQUENCE, self.content_type, self.outer(_CONTEXT | _CONSTRUCTED | 0, enveloped))
+        enveloped = self.outer(
+            _SEQUENCE, _integer(self.version), recipients, self.content_info(content)
+        )
+        return self.outer(
+            _SEQUENCE, self.content_type, self.outer(_CONTEXT | _CONSTRUCTED | 0, enveloped)
+        )
 
 
 def _pad(plaintext: bytes) -> bytes:
@@ -172,10 +194,14 @@ def _cbc(key: bytes, iv: bytes, padded: bytes) -> bytes:
     return encryptor.update(padded) + encryptor.finalize()
 
 
-def _compose(opened: _Opened, key_size: int = 32, pad: Callable[[bytes], bytes] = _pad) -> _Envelope:
+def _compose(
+    opened: _Opened, key_size: int = 32, pad: Callable[[bytes], bytes] = _pad
+) -> _Envelope:
     """An envelope as KMS makes it, under a fresh content key and IV."""
     content_key, iv = os.urandom(key_size), os.urandom(BLOCK)
-    return _Envelope((_Recipient(opened.spki, content_key),), iv, _cbc(content_key, iv, pad(opened.plaintext)))
+    return _Envelope(
+        (_Recipient(opened.spki, content_key),), iv, _cbc(content_key, iv, pad(opened.plaintext))
+    )
 
 
 def _one_recipient(envelope: _Envelope, change: Callable[[_Recipient], _Recipient]) -> _Envelope:
@@ -184,7 +210,9 @@ def _one_recipient(envelope: _Envelope, change: Callable[[_Recipient], _Recipien
 
 def _localstack(envelope: _Envelope) -> _Envelope:
     identifier = _tlv(_SEQUENCE, _RECIPIENT_NAME, _integer(1))
-    named = _one_recipient(envelope, lambda recipient: replace(recipient, version=0, identifier=identifier))
+    named = _one_recipient(
+        envelope, lambda recipient: replace(recipient, version=0, identifier=identifier)
+    )
     return replace(named, version=0, primitive=True, outer=_tlv)
 
 
@@ -196,9 +224,12 @@ class _Form(NamedTuple):
 _FORMS: Final[Mapping[str, _Form]] = {
     "kms": _Form("as AWS KMS: indefinite lengths, chunks of 1000 bytes", lambda envelope: envelope),
     "kms-chunks": _Form(
-        "as AWS KMS, content in many small chunks", lambda envelope: replace(envelope, chunk=SMALL_CHUNK)
+        "as AWS KMS, content in many small chunks",
+        lambda envelope: replace(envelope, chunk=SMALL_CHUNK),
     ),
-    "kms-primitive": _Form("as AWS KMS, content in one piece", lambda envelope: replace(envelope, primitive=True)),
+    "kms-primitive": _Form(
+        "as AWS KMS, content in one piece", lambda envelope: replace(envelope, primitive=True)
+    ),
     "localstack": _Form("as LocalStack: DER, versions 0, issuer and serial number", _localstack),
 }
 FORMS: Final[Mapping[str, str]] = {name: form.description for name, form in _FORMS.items()}
@@ -208,8 +239,9 @@ FORMS: Final[Mapping[str, str]] = {name: form.description for name, form in _FOR
 def seal(plaintext: bytes, spki_der: bytes, form: str = "kms") -> bytes:
     """Seal a plaintext for the RSA key of a DER SubjectPublicKeyInfo, in one of FORMS.
 
-    In the form "kms" and for RSA-2048 the result is 445 bytes and the content's TLV long: 493 for 32 bytes, as KMS's.
-    Raises KeyError for another form, ValueError or TypeError for bytes that are no RSA key.
+    In the form "kms" and for RSA-2048 the result is 445 bytes and the content's TLV long: 493 for
+    32 bytes, as KMS's. Raises KeyError for another form, ValueError or TypeError for bytes that are
+    no RSA key.
     """
     return _FORMS[form].change(_compose(_Opened(plaintext, spki_der))).encode()
 
@@ -247,7 +279,9 @@ def _to_content(change: Callable[[bytes], bytes]) -> Callable[[_Opened], bytes]:
 
 def _oaep_sha1(recipient: _Recipient) -> _Recipient:
     digest = hashes.SHA1()  # noqa: S303 - a defect to be refused
-    return replace(recipient, algorithm=_oaep_algorithm(_SHA1, _SHA1), padding=_oaep(digest, digest))
+    return replace(
+        recipient, algorithm=_oaep_algorithm(_SHA1, _SHA1), padding=_oaep(digest, digest)
+    )
 
 
 def _oaep_defaults(recipient: _Recipient) -> _Recipient:
@@ -273,7 +307,9 @@ def _pkcs1v15(recipient: _Recipient) -> _Recipient:
 
 
 def _other_identifier(recipient: _Recipient) -> _Recipient:
-    return replace(recipient, identifier=_tlv(_CONTEXT | 0, hashlib.sha256(b"another key").digest()))
+    return replace(
+        recipient, identifier=_tlv(_CONTEXT | 0, hashlib.sha256(b"another key").digest())
+    )
 
 
 def _aes_128(opened: _Opened) -> bytes:
@@ -307,16 +343,20 @@ class _Defect(NamedTuple):
 
 _DEFECTS: Final[Mapping[str, _Defect]] = {
     "envelope-two-recipients": _Defect(
-        "the recipient twice", _to_envelope(lambda envelope: replace(envelope, recipients=envelope.recipients * 2))
+        "the recipient twice",
+        _to_envelope(lambda envelope: replace(envelope, recipients=envelope.recipients * 2)),
     ),
     "envelope-no-recipient": _Defect(
-        "an empty set of recipients", _to_envelope(lambda envelope: replace(envelope, recipients=()))
+        "an empty set of recipients",
+        _to_envelope(lambda envelope: replace(envelope, recipients=())),
     ),
     "envelope-content-type": _Defect(
-        "content type signedData outside", _to_envelope(lambda envelope: replace(envelope, content_type=_SIGNED_DATA))
+        "content type signedData outside",
+        _to_envelope(lambda envelope: replace(envelope, content_type=_SIGNED_DATA)),
     ),
     "envelope-inner-content-type": _Defect(
-        "content type signedData inside", _to_envelope(lambda envelope: replace(envelope, inner_type=_SIGNED_DATA))
+        "content type signedData inside",
+        _to_envelope(lambda envelope: replace(envelope, inner_type=_SIGNED_DATA)),
     ),
     "envelope-version": _Defect(
         "EnvelopedData of version 3", _to_envelope(lambda envelope: replace(envelope, version=3))
@@ -324,27 +364,36 @@ _DEFECTS: Final[Mapping[str, _Defect]] = {
     "envelope-recipient-version": _Defect(
         "a recipient of version 3", _to_recipient(lambda recipient: replace(recipient, version=3))
     ),
-    "envelope-other-identifier": _Defect("the subject key identifier of another key", _to_recipient(_other_identifier)),
+    "envelope-other-identifier": _Defect(
+        "the subject key identifier of another key", _to_recipient(_other_identifier)
+    ),
     "envelope-other-key": _Defect(
-        "content key encrypted to another key", _to_recipient(lambda recipient: replace(recipient, key=_other_key()))
+        "content key encrypted to another key",
+        _to_recipient(lambda recipient: replace(recipient, key=_other_key())),
     ),
     "envelope-oaep-sha1": _Defect("RSAES-OAEP with SHA-1", _to_recipient(_oaep_sha1)),
     "envelope-oaep-defaults": _Defect(
         "RSAES-OAEP without parameters, which means SHA-1", _to_recipient(_oaep_defaults)
     ),
-    "envelope-oaep-mgf1-sha1": _Defect("RSAES-OAEP with SHA-256, but MGF1 with SHA-1", _to_recipient(_oaep_mgf1_sha1)),
+    "envelope-oaep-mgf1-sha1": _Defect(
+        "RSAES-OAEP with SHA-256, but MGF1 with SHA-1", _to_recipient(_oaep_mgf1_sha1)
+    ),
     "envelope-oaep-label": _Defect("RSAES-OAEP with a label", _to_recipient(_oaep_label)),
     "envelope-pkcs1v15": _Defect("RSAES-PKCS1-v1_5", _to_recipient(_pkcs1v15)),
     "envelope-aes-128-cbc": _Defect("AES-128-CBC", _aes_128),
     "envelope-aes-256-gcm": _Defect(
-        "AES-256-GCM by its name", _to_envelope(lambda envelope: replace(envelope, cipher=_AES_256_GCM))
+        "AES-256-GCM by its name",
+        _to_envelope(lambda envelope: replace(envelope, cipher=_AES_256_GCM)),
     ),
-    "envelope-short-content-key": _Defect("a content key of 16 bytes for AES-256", _short_content_key),
+    "envelope-short-content-key": _Defect(
+        "a content key of 16 bytes for AES-256", _short_content_key
+    ),
     "envelope-short-iv": _Defect(
         "an IV of 8 bytes", _to_envelope(lambda envelope: replace(envelope, iv=envelope.iv[:8]))
     ),
     "envelope-empty-content": _Defect(
-        "encrypted content without chunks", _to_content(lambda _: _indefinite(_CONTEXT | _CONSTRUCTED | 0))
+        "encrypted content without chunks",
+        _to_content(lambda _: _indefinite(_CONTEXT | _CONSTRUCTED | 0)),
     ),
     "envelope-no-content": _Defect("no encrypted content", _to_content(lambda _: b"")),
     "envelope-partial-block": _Defect(
@@ -352,28 +401,40 @@ _DEFECTS: Final[Mapping[str, _Defect]] = {
         _to_envelope(lambda envelope: replace(envelope, ciphertext=envelope.ciphertext[:-1])),
     ),
     "envelope-padding": _Defect("wrong padding", _bad_padding),
-    "envelope-trailing-byte": _Defect("a byte after the end", _to_bytes(lambda whole: whole + b"\0")),
-    "envelope-truncated": _Defect("cut in the middle", _to_bytes(lambda whole: whole[: len(whole) // 2])),
+    "envelope-trailing-byte": _Defect(
+        "a byte after the end", _to_bytes(lambda whole: whole + b"\0")
+    ),
+    "envelope-truncated": _Defect(
+        "cut in the middle", _to_bytes(lambda whole: whole[: len(whole) // 2])
+    ),
     "envelope-missing-eoc": _Defect(
         "the last end-of-contents is missing", _to_bytes(lambda whole: whole[: -len(_EOC)])
     ),
-    "envelope-extra-eoc": _Defect("one end-of-contents too many", _to_bytes(lambda whole: whole + _EOC)),
+    "envelope-extra-eoc": _Defect(
+        "one end-of-contents too many", _to_bytes(lambda whole: whole + _EOC)
+    ),
     "envelope-huge-length": _Defect(
-        "a length of 2^56 bytes", _to_content(lambda ciphertext: b"\xa0\x88\1" + bytes(7) + ciphertext)
+        "a length of 2^56 bytes",
+        _to_content(lambda ciphertext: b"\xa0\x88\1" + bytes(7) + ciphertext),
     ),
     "envelope-reserved-length": _Defect(
         "the reserved length octet 0xFF (X.690, clause 8.1.3.5)",
         _to_content(lambda ciphertext: b"\xa0\xff" + ciphertext),
     ),
-    "envelope-indefinite-primitive": _Defect("a primitive of indefinite length", _to_content(_primitive_indefinite)),
+    "envelope-indefinite-primitive": _Defect(
+        "a primitive of indefinite length", _to_content(_primitive_indefinite)
+    ),
     "envelope-deep": _Defect("content nested a thousand deep", _to_content(_deep)),
 }
-MALFORMED: Final[Mapping[str, str]] = {name: defect.description for name, defect in _DEFECTS.items()}
+MALFORMED: Final[Mapping[str, str]] = {
+    name: defect.description for name, defect in _DEFECTS.items()
+}
 """Every defect that `malform` makes, and what is wrong; a client must refuse them all."""
 
 
 def malform(name: str, plaintext: bytes, spki_der: bytes) -> bytes:
-    """Seal a plaintext with exactly one defect of MALFORMED; what is not the defect is as KMS writes it.
+    """Seal a plaintext with exactly one defect of MALFORMED; what is not the defect is as KMS
+    writes it.
 
     Raises KeyError for another name, ValueError or TypeError for bytes that are no RSA key.
     """

@@ -1,13 +1,15 @@
 """AWS KMS on a laptop, with the Recipient honoured: a WSGI application on top of moto's keys.
 
-A request is authenticated (Signature Version 4), its attestation document verified against the simulated root, the
-key policy evaluated with the document's PCRs, and the secret sealed for the document's public key. What is assumed
-where no behaviour of KMS is public:
+A request is authenticated (Signature Version 4), its attestation document verified against the
+simulated root, the key policy evaluated with the document's PCRs, and the secret sealed for the
+document's public key. What is assumed where no behaviour of KMS is public:
 
-- A document that is not authentic, or that holds no RSA-2048 SubjectPublicKeyInfo, is a ValidationException.
-- The document is verified before the key policy is evaluated, and a dry run evaluates its PCRs.
-- There are no identity policies here. Where a key policy leaves a request to them alone, it is allowed if the key is of
-  the principal's own account; where it cannot be told otherwise, as with an unknown operator, it is refused.
+- A document that is not authentic, or that holds no RSA-2048 SubjectPublicKeyInfo, is a
+ValidationException. - The document is verified before the key policy is evaluated, and a dry run
+evaluates its PCRs. - There are no identity policies here. Where a key policy leaves a request to
+them alone, it is allowed if the key is of
+  the principal's own account; where it cannot be told otherwise, as with an unknown operator, it
+  is refused.
   Operations that use no key's secret (CreateKey, DisableKey, ...) are allowed to everyone.
 """
 
@@ -33,7 +35,15 @@ from nitrosim import kms_faults
 from nitrosim.envelope import FORMS, seal
 from nitrosim.kms_keys import OAEP, SYMMETRIC, Keys
 from nitrosim.kms_operations import SECRETS, Answer, Operations
-from nitrosim.kms_wire import CONTENT_TYPE, TARGET, Credentials, KmsError, Parameters, authenticate, invalid
+from nitrosim.kms_wire import (
+    CONTENT_TYPE,
+    TARGET,
+    Credentials,
+    KmsError,
+    Parameters,
+    authenticate,
+    invalid,
+)
 from nitrosim.module import DEFAULT_PCRS
 from nsm import policy
 from nsm.document import AttestationDocument, DocumentError, Expectations, verify
@@ -50,7 +60,9 @@ REGION: Final = "eu-west-1"
 ROLE: Final = "nitrosim-enclave"
 ADMINISTRATOR: Final = "nitrosim-administrator"
 
-FAULTS: Final[Mapping[str, str]] = {name: fault.description for name, fault in kms_faults.BY_NAME.items()}
+FAULTS: Final[Mapping[str, str]] = {
+    name: fault.description for name, fault in kms_faults.BY_NAME.items()
+}
 """What `AttestedKms` can do wrong to a request with a Recipient, and what that is."""
 
 _PRINCIPAL: Final = re.compile(r"arn:[a-z-]+:(?:iam|sts)::\d{12}:\S+")
@@ -58,14 +70,36 @@ _DOCUMENT_MAX: Final = 262_144
 _RECIPIENT_BITS: Final = 2048
 _ADMINISTRATION: Final = [
     f"kms:{verb}*"
-    for verb in ("Create", "Describe", "Enable", "List", "Put", "Update", "Revoke", "Disable", "Get", "Delete", "Tag",
-                 "Untag", "Schedule", "Cancel")
-]  # fmt: skip
+    for verb in (
+        "Create",
+        "Describe",
+        "Enable",
+        "List",
+        "Put",
+        "Update",
+        "Revoke",
+        "Disable",
+        "Get",
+        "Delete",
+        "Tag",
+        "Untag",
+        "Schedule",
+        "Cancel",
+    )
+]
 _WITHOUT_DOCUMENT: Final = [
-    "kms:Encrypt", "kms:DescribeKey", "kms:GetPublicKey", "kms:GenerateDataKeyWithoutPlaintext",
+    "kms:Encrypt",
+    "kms:DescribeKey",
+    "kms:GetPublicKey",
+    "kms:GenerateDataKeyWithoutPlaintext",
     "kms:GenerateDataKeyPairWithoutPlaintext",
-]  # fmt: skip
-_WITH_DOCUMENT: Final = ["kms:Decrypt", "kms:GenerateDataKey", "kms:GenerateDataKeyPair", "kms:DeriveSharedSecret"]
+]
+_WITH_DOCUMENT: Final = [
+    "kms:Decrypt",
+    "kms:GenerateDataKey",
+    "kms:GenerateDataKeyPair",
+    "kms:DeriveSharedSecret",
+]
 
 
 class _Recipient(NamedTuple):
@@ -76,12 +110,14 @@ class _Recipient(NamedTuple):
 
 
 class AttestedKms:
-    """KMS of one account in one region, with one symmetric key behind alias/nitrosim; a WSGI application.
+    """KMS of one account in one region, with one symmetric key behind alias/nitrosim; a WSGI
+    application.
 
-    `nsm_root_sha256` is the root that attestation documents must lead to. `pcr0` is what the key's policy asks for;
-    `key_policy` replaces that policy as it stands, without a lockout check, and raises `nsm.policy.PolicyError` if it
-    is none. `principal` is whom `credentials` belong to, by default a session of a role in the account. `envelope` is
-    one of `nitrosim.envelope.FORMS`, `fault` one of FAULTS: ValueError for others.
+    `nsm_root_sha256` is the root that attestation documents must lead to. `pcr0` is what the key's
+    policy asks for; `key_policy` replaces that policy as it stands, without a lockout check, and
+    raises `nsm.policy.PolicyError` if it is none. `principal` is whom `credentials` belong to, by
+    default a session of a role in the account. `envelope` is one of `nitrosim.envelope.FORMS`,
+    `fault` one of FAULTS: ValueError for others.
     """
 
     def __init__(
@@ -102,9 +138,13 @@ class AttestedKms:
                 raise ValueError(f"{name!r} is no {what}, expected one of {', '.join(names)}")
         self.region = region
         self.credentials = Credentials.generate()
-        self.principal = principal or f"arn:{get_partition(region)}:sts::{account}:assumed-role/{ROLE}/nitrosim"
+        self.principal = (
+            principal or f"arn:{get_partition(region)}:sts::{account}:assumed-role/{ROLE}/nitrosim"
+        )
         if not _PRINCIPAL.fullmatch(self.principal):
-            raise ValueError(f"{self.principal!r} is not the ARN of a user, role or assumed-role session")
+            raise ValueError(
+                f"{self.principal!r} is not the ARN of a user, role or assumed-role session"
+            )
         self._root = nsm_root_sha256
         self._form = envelope
         self._fault = kms_faults.BY_NAME[fault] if fault else None
@@ -129,7 +169,9 @@ class AttestedKms:
             if fault and fault.refuse:
                 raise fault.refuse(request, body)
             with self._lock:
-                answer = self._answer(request.headers["X-Amz-Target"].removeprefix(TARGET), parameters, fault)
+                answer = self._answer(
+                    request.headers["X-Amz-Target"].removeprefix(TARGET), parameters, fault
+                )
             response = Response(_encode(answer), content_type=CONTENT_TYPE)
             if fault and fault.respond:
                 response = fault.respond(response)
@@ -142,18 +184,24 @@ class AttestedKms:
     def _accept(self, request: Request, body: bytes) -> Parameters:
         """The parameters of an authentic request for an operation."""
         authenticate(request, body, self.credentials, self.region, self._clock())
-        if request.method != "POST" or not request.headers.get("X-Amz-Target", "").startswith(TARGET):
+        if request.method != "POST" or not request.headers.get("X-Amz-Target", "").startswith(
+            TARGET
+        ):
             raise KmsError("UnknownOperationException")
         return Parameters.parse(body)
 
     def _fault_for(self, parameters: Parameters) -> kms_faults.Fault | None:
-        """The fault that meets this request: none but those with a Recipient, and maybe none but the first."""
+        """The fault that meets this request: none but those with a Recipient, and maybe none but
+        the first.
+        """
         if self._fault is None or "Recipient" not in parameters:
             return None
         first = next(self._faulted) == 0
         return self._fault if first or not self._fault.once else None
 
-    def _answer(self, operation: str, parameters: Parameters, fault: kms_faults.Fault | None) -> Answer:
+    def _answer(
+        self, operation: str, parameters: Parameters, fault: kms_faults.Fault | None
+    ) -> Answer:
         attested = operation in SECRETS and "Recipient" in parameters
         recipient = self._recipient(parameters.inner("Recipient")) if attested else None
 
@@ -166,20 +214,32 @@ class AttestedKms:
         if recipient is None:
             return plain
         # KMS leaves the plaintext out, and the id of the key material too
-        sealed = {name: value for name, value in plain.items() if name not in (SECRETS[operation], "KeyMaterialId")}
-        sealed["CiphertextForRecipient"] = seal(plain[SECRETS[operation]], recipient.spki, self._form)
+        sealed = {
+            name: value
+            for name, value in plain.items()
+            if name not in (SECRETS[operation], "KeyMaterialId")
+        }
+        sealed["CiphertextForRecipient"] = seal(
+            plain[SECRETS[operation]], recipient.spki, self._form
+        )
         if fault and fault.alter:
             return fault.alter(kms_faults.Sealed(sealed, plain, operation, recipient.spki))
         return sealed
 
     def _recipient(self, parameters: Parameters) -> _Recipient:
-        """Verify the attestation document of a Recipient; a debug enclave's is as authentic as another's."""
+        """Verify the attestation document of a Recipient; a debug enclave's is as authentic as
+        another's.
+        """
         parameters.choice("KeyEncryptionAlgorithm", ("RSAES_OAEP_SHA_256",))
         blob = parameters.blob("AttestationDocument", _DOCUMENT_MAX)
         try:
-            verified = verify(blob, roots=[self._root], at=self._clock(), expect=Expectations(allow_debug=True))
+            verified = verify(
+                blob, roots=[self._root], at=self._clock(), expect=Expectations(allow_debug=True)
+            )
         except DocumentError as error:
-            raise KmsError("ValidationException", f"The attestation document is not valid: {error}") from error
+            raise KmsError(
+                "ValidationException", f"The attestation document is not valid: {error}"
+            ) from error
         return _Recipient(_public_key(verified.document), verified.document.pcrs)
 
     def _authorize(
@@ -202,7 +262,9 @@ class AttestedKms:
         own = key.arn.split(":")[4] == self.principal.split(":")[4]
         if found.decision is policy.Decision.ALLOWED or (found.delegated and own):
             return
-        explicit = any(part.applies and part.statement.effect == "Deny" for part in found.statements)
+        explicit = any(
+            part.applies and part.statement.effect == "Deny" for part in found.statements
+        )
         reason = (
             "with an explicit deny in a resource-based policy"
             if explicit
@@ -210,14 +272,17 @@ class AttestedKms:
         )
         raise KmsError(
             "AccessDeniedException",
-            f"User: {self.principal} is not authorized to perform: {action} on resource: {key.arn} {reason}",
+            f"User: {self.principal} is not authorized to perform: {action} on resource: "
+            f"{key.arn} {reason}",
         )
 
 
 def default_policy(principal: str, pcr0: bytes) -> str:
-    """The key policy of alias/nitrosim: secrets for the principal's role with a document of this PCR0 and only so.
+    """The key policy of alias/nitrosim: secrets for the principal's role with a document of this
+    PCR0 and only so.
 
-    It names no account root, so nothing is left to identity policies; a role of its own administers the key.
+    It names no account root, so nothing is left to identity policies; a role of its own administers
+    the key.
     """
     role = role_of(principal)
     partition, account = role.split(":")[1], role.split(":")[4]
@@ -238,7 +303,13 @@ def default_policy(principal: str, pcr0: bytes) -> str:
 
 
 def _allow(sid: str, principal: str, actions: list[str]) -> dict[str, Any]:
-    return {"Sid": sid, "Effect": "Allow", "Principal": {"AWS": principal}, "Action": actions, "Resource": "*"}
+    return {
+        "Sid": sid,
+        "Effect": "Allow",
+        "Principal": {"AWS": principal},
+        "Action": actions,
+        "Resource": "*",
+    }
 
 
 def role_of(principal: str) -> str:
@@ -266,7 +337,9 @@ def _condition_keys(key: Key, parameters: Parameters) -> dict[str, str]:
         "kms:MultiRegion": str(bool(key.multi_region)).lower(),
     }
     if keys["kms:KeyUsage"] == "ENCRYPT_DECRYPT":
-        keys["kms:EncryptionAlgorithm"] = parameters.choice("EncryptionAlgorithm", (SYMMETRIC, *OAEP), SYMMETRIC)
+        keys["kms:EncryptionAlgorithm"] = parameters.choice(
+            "EncryptionAlgorithm", (SYMMETRIC, *OAEP), SYMMETRIC
+        )
     return keys
 
 
@@ -277,7 +350,9 @@ def _public_key(document: AttestationDocument) -> bytes:
     try:
         public_key = serialization.load_der_public_key(spki)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KmsError("ValidationException", "The attestation document's public key cannot be read.") from error
+        raise KmsError(
+            "ValidationException", "The attestation document's public key cannot be read."
+        ) from error
     if not isinstance(public_key, rsa.RSAPublicKey) or public_key.key_size != _RECIPIENT_BITS:
         raise invalid("AttestationDocument", f"hold an RSA public key of {_RECIPIENT_BITS} bits")
     return spki

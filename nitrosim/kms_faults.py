@@ -1,8 +1,8 @@
 """What may go wrong between an attested client and KMS, on demand: one name, one fault.
 
-A fault meets only requests that carry a Recipient, so that the secret can be encrypted in the same run. It is a
-refusal in the place of an answer, another answer, or another response on the wire; the last ones need
-`nitrosim.server` underneath.
+A fault meets only requests that carry a Recipient, so that the secret can be encrypted in the same
+run. It is a refusal in the place of an answer, another answer, or another response on the wire; the
+last ones need `nitrosim.server` underneath.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _CHUNK: Final = 64 << 10
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Sealed:
-    """An answer on its way out: the honest one, the one before sealing, and the key it was sealed for."""
+    """An answer on its way out: the honest one, the one before sealing, and the key it was sealed
+    for.
+    """
 
     answer: Answer
     plain: Answer
@@ -55,15 +57,24 @@ class Fault(NamedTuple):
 
 
 def _refusal(
-    code: str, message: str | None, status: int = 400, description: str | None = None, *, once: bool = False
+    code: str,
+    message: str | None,
+    status: int = 400,
+    description: str | None = None,
+    *,
+    once: bool = False,
 ) -> Fault:
     return Fault(
-        description or f"{code}, HTTP status {status}", refuse=lambda *_: KmsError(code, message, status), once=once
+        description or f"{code}, HTTP status {status}",
+        refuse=lambda *_: KmsError(code, message, status),
+        once=once,
     )
 
 
 def _echo(request: Request, body: bytes) -> KmsError:
-    """As AWS explains a signature that does not match: the client's own headers, session token included."""
+    """As AWS explains a signature that does not match: the client's own headers, session token
+    included.
+    """
     signed = Signed.parse(request.headers.get("Authorization"))
     canonical_request = signed.canonical_request(request, body)
     return signature_mismatch(f"{canonical_request}\n{request.headers.get('Authorization')}")
@@ -81,7 +92,9 @@ def _without(sealed: Sealed, name: str) -> Answer:
 
 
 def _malformed(name: str) -> Callable[[Sealed], Answer]:
-    return lambda sealed: sealed.answer | {"CiphertextForRecipient": malform(name, sealed.secret, sealed.spki)}
+    return lambda sealed: (
+        sealed.answer | {"CiphertextForRecipient": malform(name, sealed.secret, sealed.spki)}
+    )
 
 
 def _html(status: int) -> Callable[[Response], Response]:
@@ -127,7 +140,9 @@ _DENIED: Final = "User is not authorized to perform this operation."
 _REFUSALS: Final[Mapping[str, Fault]] = {
     "throttling": _refusal("ThrottlingException", "Rate exceeded"),
     "internal": _refusal("KMSInternalException", "An internal error occurred.", 500),
-    "unavailable": _refusal("ServiceUnavailable", "Service is unavailable. Please try again later.", 503),
+    "unavailable": _refusal(
+        "ServiceUnavailable", "Service is unavailable. Please try again later.", 503
+    ),
     "key-unavailable": _refusal("KeyUnavailableException", "The key is not available.", 500),
     "dependency-timeout": _refusal("DependencyTimeoutException", "The system timed out.", 503),
     "access-denied": _refusal("AccessDeniedException", _DENIED),
@@ -136,22 +151,35 @@ _REFUSALS: Final[Mapping[str, Fault]] = {
     "disabled": _refusal("DisabledException", "The key is disabled."),
     "invalid-state": _refusal("KMSInvalidStateException", "The key is pending deletion."),
     "invalid-key-usage": _refusal("InvalidKeyUsageException", "The key's usage is SIGN_VERIFY."),
-    "incorrect-key": _refusal("IncorrectKeyException", "The key ID does not identify the key of the ciphertext."),
+    "incorrect-key": _refusal(
+        "IncorrectKeyException", "The key ID does not identify the key of the ciphertext."
+    ),
     "invalid-grant-token": _refusal("InvalidGrantTokenException", "The grant token is not valid."),
-    "expired-token": _refusal("ExpiredTokenException", "The security token included in the request is expired"),
+    "expired-token": _refusal(
+        "ExpiredTokenException", "The security token included in the request is expired"
+    ),
     "unrecognized-client": _refusal(
         "UnrecognizedClientException", "The security token included in the request is invalid."
     ),
-    "invalid-signature": Fault("InvalidSignatureException, HTTP status 400", refuse=lambda *_: signature_mismatch()),
+    "invalid-signature": Fault(
+        "InvalidSignatureException, HTTP status 400", refuse=lambda *_: signature_mismatch()
+    ),
     "validation": _refusal("ValidationException", "1 validation error detected"),
-    "no-message": _refusal("AccessDeniedException", None, description="AccessDeniedException without a message"),
+    "no-message": _refusal(
+        "AccessDeniedException", None, description="AccessDeniedException without a message"
+    ),
     "throttle-once": _refusal(
-        "ThrottlingException", "Rate exceeded", description="ThrottlingException, but not on the retry", once=True
+        "ThrottlingException",
+        "Rate exceeded",
+        description="ThrottlingException, but not on the retry",
+        once=True,
     ),
     "internal-once": _refusal(
         "KMSInternalException", None, 500, "KMSInternalException, but not on the retry", once=True
     ),
-    "echo-credentials": Fault("InvalidSignatureException that repeats the request's credentials", refuse=_echo),
+    "echo-credentials": Fault(
+        "InvalidSignatureException that repeats the request's credentials", refuse=_echo
+    ),
     "escape-message": _refusal(
         "AccessDeniedException",
         "line one\r\nattestor: error: line two\x1b[2J\x1b[31m\x1b]0;title\x07\x9b1m \u202edetreveR",
@@ -159,13 +187,19 @@ _REFUSALS: Final[Mapping[str, Fault]] = {
     ),
 }
 _ANSWERS: Final[Mapping[str, Fault]] = {
-    "no-envelope": Fault("a plaintext in the place of the envelope", alter=lambda sealed: sealed.plain),
-    "plaintext-beside": Fault("a plaintext beside the envelope", alter=lambda sealed: sealed.plain | sealed.answer),
+    "no-envelope": Fault(
+        "a plaintext in the place of the envelope", alter=lambda sealed: sealed.plain
+    ),
+    "plaintext-beside": Fault(
+        "a plaintext beside the envelope", alter=lambda sealed: sealed.plain | sealed.answer
+    ),
     "nothing-sealed": Fault(
-        "neither envelope nor plaintext", alter=lambda sealed: _without(sealed, "CiphertextForRecipient")
+        "neither envelope nor plaintext",
+        alter=lambda sealed: _without(sealed, "CiphertextForRecipient"),
     ),
     "empty-envelope": Fault(
-        "an envelope of no bytes", alter=lambda sealed: sealed.answer | {"CiphertextForRecipient": b""}
+        "an envelope of no bytes",
+        alter=lambda sealed: sealed.answer | {"CiphertextForRecipient": b""},
     ),
     "wrong-key-id": Fault("the KeyId of another key", alter=_other_key_id),
     "no-key-id": Fault("an answer without KeyId", alter=lambda sealed: _without(sealed, "KeyId")),
@@ -175,7 +209,9 @@ _RESPONSES: Final[Mapping[str, Fault]] = {
     "not-json": Fault("HTTP status 200 with an HTML page", respond=_html(200)),
     "html-error": Fault("HTTP status 502 with an HTML page", respond=_html(502)),
     "empty-body": Fault("HTTP status 200 with no body", respond=lambda _: Response(b"", 200)),
-    "cut-body": Fault("half the body that Content-Length announces, then the end of the connection", respond=_cut),
+    "cut-body": Fault(
+        "half the body that Content-Length announces, then the end of the connection", respond=_cut
+    ),
     "reset": Fault("a reset of the connection in the place of a response", respond=_hang_up),
     "slow-body": Fault("a byte of body a second, without an end", respond=_stream(_drip)),
     "hang": Fault("no response until the client goes away", respond=_stay_silent),

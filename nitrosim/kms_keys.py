@@ -1,8 +1,9 @@
 """The keys of the simulated KMS: moto's, with what moto lacks or gets wrong made right.
 
-Ours are the ciphertexts (moto's confuse contexts whose names and values join to the same text, and its RSA ones are
-not RSA), the resolution of identifiers, the states and usages. Creating, describing, tagging, aliasing, signing and
-the like are moto's own. Nothing is shared between two `Keys`, and nothing is written anywhere.
+Ours are the ciphertexts (moto's confuse contexts whose names and values join to the same text, and
+its RSA ones are not RSA), the resolution of identifiers, the states and usages. Creating,
+describing, tagging, aliasing, signing and the like are moto's own. Nothing is shared between two
+`Keys`, and nothing is written anywhere.
 """
 
 from __future__ import annotations
@@ -40,20 +41,23 @@ _HANDLE_SIZE: Final = 32
 _IV_SIZE: Final = 12
 _HEADER_SIZE: Final = len(_PREFIX) + _HANDLE_SIZE + 4
 
-# What moto answers as KMS does; the operations that need a key's secret are in nitrosim.kms_operations.
+# What moto answers as KMS does; the operations that need a key's secret are in
+# nitrosim.kms_operations.
 _MOTOS_OWN: Final = frozenset(
     """
-    CancelKeyDeletion CreateAlias CreateGrant CreateKey DeleteAlias DescribeKey DisableKey DisableKeyRotation EnableKey
-    EnableKeyRotation GenerateMac GetKeyPolicy GetKeyRotationStatus GetPublicKey ListAliases ListGrants ListKeyPolicies
-    ListKeyRotations ListKeys ListResourceTags ListRetirableGrants PutKeyPolicy RetireGrant RevokeGrant
-    RotateKeyOnDemand ScheduleKeyDeletion Sign TagResource UntagResource UpdateAlias UpdateKeyDescription Verify
-    VerifyMac
+    CancelKeyDeletion CreateAlias CreateGrant CreateKey DeleteAlias DescribeKey DisableKey
+    DisableKeyRotation EnableKey EnableKeyRotation GenerateMac GetKeyPolicy GetKeyRotationStatus
+    GetPublicKey ListAliases ListGrants ListKeyPolicies ListKeyRotations ListKeys ListResourceTags
+    ListRetirableGrants PutKeyPolicy RetireGrant RevokeGrant RotateKeyOnDemand ScheduleKeyDeletion
+    Sign TagResource UntagResource UpdateAlias UpdateKeyDescription Verify VerifyMac
     """.split()
 )
 
 
 class _Moto(KmsResponse):
-    """moto's operations on one backend of ours instead of its global ones, without its request dispatcher."""
+    """moto's operations on one backend of ours instead of its global ones, without its request
+    dispatcher.
+    """
 
     def __init__(self, backend: KmsBackend, parameters: Mapping[str, object]) -> None:
         super().__init__()
@@ -81,14 +85,17 @@ class Keys:
         return key
 
     def find(self, identifier: str) -> Key:
-        """The key of a key id, key ARN, alias or alias ARN; KmsError if there is none in this account and region."""
+        """The key of a key id, key ARN, alias or alias ARN; KmsError if there is none in this
+        account and region.
+        """
         name = identifier.removeprefix(self._arn)
         if name.startswith("alias/"):
             key_id = self._backend.get_key_id_from_alias(name)
             missing = f"Alias {self._arn}{name} is not found."
         else:
             key_id = name.removeprefix("key/") if name != identifier else name
-            missing = f"Key '{identifier if ':' in identifier else f'{self._arn}key/{identifier}'}' does not exist"
+            arn = identifier if ":" in identifier else f"{self._arn}key/{identifier}"
+            missing = f"Key '{arn}' does not exist"
         key = self._backend.keys.get(key_id or "")
         if key is None:
             raise KmsError("NotFoundException", missing)
@@ -96,14 +103,18 @@ class Keys:
 
     def find_by_ciphertext(self, blob: bytes) -> Key:
         """The key that a symmetric ciphertext was made with."""
-        if len(blob) < _HEADER_SIZE or _header(blob[len(_PREFIX) : _HEADER_SIZE - 4]) != blob[:_HEADER_SIZE]:
+        if (
+            len(blob) < _HEADER_SIZE
+            or _header(blob[len(_PREFIX) : _HEADER_SIZE - 4]) != blob[:_HEADER_SIZE]
+        ):
             raise KmsError("InvalidCiphertextException")
         for key in self._backend.keys.values():
             if _header(_handle(key)) == blob[:_HEADER_SIZE]:
                 return key
         raise KmsError(
             "AccessDeniedException",
-            "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or "
+            "The ciphertext refers to a customer master key that does not exist, does not exist "
+            "in this region, or "
             "you are not allowed to access.",
         )
 
@@ -131,12 +142,16 @@ def _snake_case(operation: str) -> str:
 
 
 def _corrected(answer: dict[str, Any], key: Key | None) -> dict[str, Any]:
-    """An answer of moto's with the ARN for the bare key id, and the algorithms that fit the key's usage."""
+    """An answer of moto's with the ARN for the bare key id, and the algorithms that fit the key's
+    usage.
+    """
     if key is not None and answer.get("KeyId") == key.id:
         answer["KeyId"] = key.arn
     described = answer.get("KeyMetadata", answer)
     if described.get("KeyUsage") == "KEY_AGREEMENT":
-        described.update(EncryptionAlgorithms=None, SigningAlgorithms=None, KeyAgreementAlgorithms=["ECDH"])
+        described.update(
+            EncryptionAlgorithms=None, SigningAlgorithms=None, KeyAgreementAlgorithms=["ECDH"]
+        )
     if "PublicKey" in answer and key is not None:
         answer["KeySpec"] = key.key_spec
     return answer
@@ -151,7 +166,8 @@ def check_usable(key: Key, usage: str, operation: str) -> None:
         raise KmsError("KMSInvalidStateException", f"{key.arn} is {state}.")
     if (key.key_usage or "ENCRYPT_DECRYPT") != usage:
         raise KmsError(
-            "InvalidKeyUsageException", f"{key.arn} key usage is {key.key_usage} which is not valid for {operation}."
+            "InvalidKeyUsageException",
+            f"{key.arn} key usage is {key.key_usage} which is not valid for {operation}.",
         )
 
 
@@ -159,7 +175,8 @@ def check_symmetric(key: Key, operation: str) -> None:
     """Refuse an asymmetric key for an operation that needs a symmetric one."""
     if key.key_spec != SYMMETRIC:
         raise KmsError(
-            "InvalidKeyUsageException", f"{key.arn} key spec is {key.key_spec} which is not valid for {operation}."
+            "InvalidKeyUsageException",
+            f"{key.arn} key spec is {key.key_spec} which is not valid for {operation}.",
         )
 
 
@@ -174,15 +191,23 @@ def encrypt(key: Key, algorithm: str, plaintext: bytes, context: Mapping[str, st
         return _encrypt_rsa(key, algorithm, plaintext)
     check_symmetric(key, algorithm)
     header, iv = _header(_handle(key)), os.urandom(_IV_SIZE)
-    return header + iv + AESGCM(key.key_material).encrypt(iv, plaintext, header + _canonical(context))
+    return (
+        header + iv + AESGCM(key.key_material).encrypt(iv, plaintext, header + _canonical(context))
+    )
 
 
 def decrypt(key: Key, algorithm: str, blob: bytes, context: Mapping[str, str]) -> bytes:
-    """The plaintext; KmsError (InvalidCiphertextException, without a message) if blob or context are not right."""
+    """The plaintext; KmsError (InvalidCiphertextException, without a message) if blob or context
+    are not right.
+    """
     if algorithm != SYMMETRIC:
         return _decrypt_rsa(key, algorithm, blob)
     check_symmetric(key, algorithm)
-    header, iv, sealed = blob[:_HEADER_SIZE], blob[_HEADER_SIZE:][:_IV_SIZE], blob[_HEADER_SIZE + _IV_SIZE :]
+    header, iv, sealed = (
+        blob[:_HEADER_SIZE],
+        blob[_HEADER_SIZE:][:_IV_SIZE],
+        blob[_HEADER_SIZE + _IV_SIZE :],
+    )
     try:
         return AESGCM(key.key_material).decrypt(iv, sealed, header + _canonical(context))
     except (InvalidTag, ValueError) as error:
@@ -192,9 +217,13 @@ def decrypt(key: Key, algorithm: str, blob: bytes, context: Mapping[str, str]) -
 def derive(key: Key, public_key: ec.EllipticCurvePublicKey) -> bytes:
     """The raw ECDH secret: the x coordinate, as long as the curve's field."""
     private_key = getattr(key.private_key, "private_key", None)
-    if not isinstance(private_key, ec.EllipticCurvePrivateKey) or private_key.curve.name != public_key.curve.name:
+    if (
+        not isinstance(private_key, ec.EllipticCurvePrivateKey)
+        or private_key.curve.name != public_key.curve.name
+    ):
         raise KmsError(
-            "ValidationException", f"The public key is on {public_key.curve.name}, the key is {key.key_spec}."
+            "ValidationException",
+            f"The public key is on {public_key.curve.name}, the key is {key.key_spec}.",
         )
     return private_key.exchange(ec.ECDH(), public_key)
 
@@ -205,7 +234,7 @@ def _handle(key: Key) -> bytes:
 
 
 def _header(handle: bytes) -> bytes:
-    """The start of a ciphertext; its checksum tells a damaged handle from that of an unknown key."""
+    """The start of a ciphertext; its checksum tells a damaged handle from an unknown key's."""
     return _PREFIX + handle + zlib.crc32(handle).to_bytes(4, "big")
 
 
@@ -217,7 +246,8 @@ def _rsa(key: Key, algorithm: str) -> rsa.RSAPrivateKey:
     private_key = getattr(key.private_key, "private_key", None)
     if key.key_spec == SYMMETRIC or not isinstance(private_key, rsa.RSAPrivateKey):
         raise KmsError(
-            "InvalidKeyUsageException", f"{algorithm} is not valid for {key.arn}, whose key spec is {key.key_spec}."
+            "InvalidKeyUsageException",
+            f"{algorithm} is not valid for {key.arn}, whose key spec is {key.key_spec}.",
         )
     return private_key
 
@@ -229,9 +259,14 @@ def _oaep(algorithm: str) -> padding.OAEP:
 
 def _encrypt_rsa(key: Key, algorithm: str, plaintext: bytes) -> bytes:
     public_key = _rsa(key, algorithm).public_key()
-    most = public_key.key_size // 8 - 2 * OAEP[algorithm]().digest_size - 2  # RFC 8017, clause 7.1.1
+    most = (
+        public_key.key_size // 8 - 2 * OAEP[algorithm]().digest_size - 2
+    )  # RFC 8017, clause 7.1.1
     if len(plaintext) > most:
-        raise invalid("Plaintext", f"have length less than or equal to {most} for {key.key_spec} with {algorithm}")
+        raise invalid(
+            "Plaintext",
+            f"have length less than or equal to {most} for {key.key_spec} with {algorithm}",
+        )
     return public_key.encrypt(plaintext, _oaep(algorithm))
 
 

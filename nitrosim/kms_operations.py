@@ -1,8 +1,9 @@
 """The operations of the simulated KMS that need a key's secret.
 
-Each gives the whole answer as KMS gives it without a Recipient, with bytes for what is base64 on the wire;
-`nitrosim.kms` seals the secret member for a recipient afterwards. Every one authorises first, through the function
-it is given, then looks at the key's state and usage, then at the cryptography.
+Each gives the whole answer as KMS gives it without a Recipient, with bytes for what is base64 on
+the wire; `nitrosim.kms` seals the secret member for a recipient afterwards. Every one authorises
+first, through the function it is given, then looks at the key's state and usage, then at the
+cryptography.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SECRETS: Final[Mapping[str, str]] = {
     "GenerateRandom": "Plaintext",
     "DeriveSharedSecret": "SharedSecret",
 }
-"""The five operations that take a Recipient, and the member of their answers that is sealed for it."""
+"""The five operations that take a Recipient, and the member of their answers that is sealed for it.
+"""
 
 _ALGORITHMS: Final = (SYMMETRIC, *OAEP)
 _RSA_PAIRS: Final = {"RSA_2048": 2048, "RSA_3072": 3072, "RSA_4096": 4096}
@@ -72,7 +74,8 @@ class Operations:
         answer = known(parameters, authorize)
         if operation != "GenerateRandom" and parameters.flag("DryRun"):
             raise KmsError(
-                "DryRunOperationException", "The request would have succeeded, but the DryRun option is set."
+                "DryRunOperationException",
+                "The request would have succeeded, but the DryRun option is set.",
             )
         return answer
 
@@ -84,7 +87,9 @@ class Operations:
         return {"CiphertextBlob": blob, "KeyId": key.arn, "EncryptionAlgorithm": algorithm}
 
     def _decrypt(self, parameters: Parameters, authorize: Authorize) -> Answer:
-        ignore = "IGNORE_CIPHERTEXT" in parameters.names("DryRunModifiers") and parameters.flag("DryRun")
+        ignore = "IGNORE_CIPHERTEXT" in parameters.names("DryRunModifiers") and parameters.flag(
+            "DryRun"
+        )
         blob = b"" if ignore else parameters.blob("CiphertextBlob", CIPHERTEXT_MAX)
         algorithm = parameters.choice("EncryptionAlgorithm", _ALGORITHMS, SYMMETRIC)
         identifier = parameters.text("KeyId") if "KeyId" in parameters or ignore else None
@@ -92,7 +97,11 @@ class Operations:
         authorize("Decrypt", key, context)
         kms_keys.check_usable(key, "ENCRYPT_DECRYPT", "Decrypt")
         plaintext = b"" if ignore else kms_keys.decrypt(key, algorithm, blob, context)
-        answer: Answer = {"KeyId": key.arn, "Plaintext": plaintext, "EncryptionAlgorithm": algorithm}
+        answer: Answer = {
+            "KeyId": key.arn,
+            "Plaintext": plaintext,
+            "EncryptionAlgorithm": algorithm,
+        }
         return answer | _material(key)
 
     def _re_encrypt(self, parameters: Parameters, authorize: Authorize) -> Answer:
@@ -104,7 +113,10 @@ class Operations:
             self._key_to_decrypt(identifier, source_algorithm, blob),
             self._find(parameters, "DestinationKeyId"),
         )
-        old, new = parameters.context("SourceEncryptionContext"), parameters.context("DestinationEncryptionContext")
+        old, new = (
+            parameters.context("SourceEncryptionContext"),
+            parameters.context("DestinationEncryptionContext"),
+        )
         authorize("ReEncryptFrom", source, old)
         authorize("ReEncryptTo", key, new)
         for one in (source, key):
@@ -127,7 +139,9 @@ class Operations:
         answer: Answer = {"CiphertextBlob": blob, "Plaintext": plaintext, "KeyId": key.arn}
         return answer | _material(key)
 
-    def _generate_data_key_without_plaintext(self, parameters: Parameters, authorize: Authorize) -> Answer:
+    def _generate_data_key_without_plaintext(
+        self, parameters: Parameters, authorize: Authorize
+    ) -> Answer:
         answer = self._generate_data_key(parameters, authorize, "GenerateDataKeyWithoutPlaintext")
         return _without(answer, "Plaintext")
 
@@ -139,17 +153,27 @@ class Operations:
         kms_keys.check_symmetric(key, operation)
         private_key = _new_pair(spec)
         private = private_key.private_bytes(
-            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.DER,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
         public = private_key.public_key().public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         blob = kms_keys.encrypt(key, SYMMETRIC, private, context)
-        answer: Answer = {"PrivateKeyCiphertextBlob": blob, "PrivateKeyPlaintext": private, "PublicKey": public}
+        answer: Answer = {
+            "PrivateKeyCiphertextBlob": blob,
+            "PrivateKeyPlaintext": private,
+            "PublicKey": public,
+        }
         return answer | {"KeyId": key.arn, "KeyPairSpec": spec} | _material(key)
 
-    def _generate_data_key_pair_without_plaintext(self, parameters: Parameters, authorize: Authorize) -> Answer:
-        answer = self._generate_data_key_pair(parameters, authorize, "GenerateDataKeyPairWithoutPlaintext")
+    def _generate_data_key_pair_without_plaintext(
+        self, parameters: Parameters, authorize: Authorize
+    ) -> Answer:
+        answer = self._generate_data_key_pair(
+            parameters, authorize, "GenerateDataKeyPairWithoutPlaintext"
+        )
         return _without(answer, "PrivateKeyPlaintext")
 
     def _generate_random(self, parameters: Parameters, authorize: Authorize) -> Answer:  # noqa: ARG002 - no key to ask
@@ -162,7 +186,12 @@ class Operations:
         authorize("DeriveSharedSecret", key, {})
         kms_keys.check_usable(key, "KEY_AGREEMENT", "DeriveSharedSecret")
         secret = kms_keys.derive(key, public_key)
-        return {"KeyId": key.arn, "SharedSecret": secret, "KeyAgreementAlgorithm": algorithm, "KeyOrigin": key.origin}
+        return {
+            "KeyId": key.arn,
+            "SharedSecret": secret,
+            "KeyAgreementAlgorithm": algorithm,
+            "KeyOrigin": key.origin,
+        }
 
     def _find(self, parameters: Parameters, name: str) -> Key:
         return self._keys.find(parameters.text(name))
@@ -176,7 +205,7 @@ class Operations:
         return key, context
 
     def _key_to_decrypt(self, identifier: str | None, algorithm: str, blob: bytes) -> Key:
-        """The key that was named, which must be the one that a symmetric ciphertext names itself."""
+        """The key that was named, which must be the one that a symmetric ciphertext names."""
         named = self._keys.find(identifier) if identifier else None
         if named is not None and (algorithm != SYMMETRIC or not blob):
             return named
@@ -186,7 +215,8 @@ class Operations:
         if named is not None and named is not key:
             raise KmsError(
                 "IncorrectKeyException",
-                "The key ID in the request does not identify a CMK that can perform this operation.",
+                "The key ID in the request does not identify a CMK that can perform this "
+                "operation.",
             )
         return key
 
@@ -217,7 +247,9 @@ def _public_key(spki: bytes) -> ec.EllipticCurvePublicKey:
     try:
         public_key = serialization.load_der_public_key(spki)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KmsError("ValidationException", "The public key is no DER SubjectPublicKeyInfo.") from error
+        raise KmsError(
+            "ValidationException", "The public key is no DER SubjectPublicKeyInfo."
+        ) from error
     if not isinstance(public_key, ec.EllipticCurvePublicKey):
         raise KmsError("ValidationException", "The public key is not on an elliptic curve.")
     return public_key

@@ -1,7 +1,7 @@
 """The wire of AWS KMS below its operations: errors, members of a request, and signatures.
 
-KMS speaks JSON 1.1 over POST /, with the operation in X-Amz-Target (TrentService.Decrypt), signed with Signature
-Version 4 for the service "kms".
+KMS speaks JSON 1.1 over POST /, with the operation in X-Amz-Target (TrentService.Decrypt), signed
+with Signature Version 4 for the service "kms".
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _T = TypeVar("_T")
 
 CONTENT_TYPE: Final = "application/x-amz-json-1.1"
 TARGET: Final = "TrentService."
-CLOCK_SKEW: Final = timedelta(minutes=5)  # what Signature Version 4 allows between the clocks of both sides
+CLOCK_SKEW: Final = timedelta(
+    minutes=5
+)  # what Signature Version 4 allows between the clocks of both sides
 
 _ALGORITHM: Final = "AWS4-HMAC-SHA256"
 _AUTHORIZATION: Final = re.compile(
@@ -62,13 +64,14 @@ def invalid(name: str, constraint: str, value: str = "") -> KmsError:
     member = name[0].lower() + name[1:]
     return KmsError(
         "ValidationException",
-        f"1 validation error detected: Value {value}{' ' if value else ''}at '{member}' failed to satisfy constraint: "
+        f"1 validation error detected: Value {value}{' ' if value else ''}at '{member}' failed "
+        "to satisfy constraint: "
         f"Member must {constraint}",
     )
 
 
 class Parameters:
-    """The members of one request's JSON, each read as the type it must have; KmsError if it is not."""
+    """The members of one request's JSON, each read as the type it must have, or KmsError."""
 
     def __init__(self, members: Mapping[str, object]) -> None:
         self.members = members
@@ -162,7 +165,11 @@ class Credentials:
     def generate(cls) -> Self:
         """New ones, of the shape that AWS STS gives out."""
         unique = "".join(secrets.choice(string.ascii_uppercase + "234567") for _ in range(16))
-        return cls("ASIA" + unique, base64.b64encode(secrets.token_bytes(30)).decode(), secrets.token_urlsafe(256))
+        return cls(
+            "ASIA" + unique,
+            base64.b64encode(secrets.token_bytes(30)).decode(),
+            secrets.token_urlsafe(256),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,15 +188,23 @@ class Signed:
             raise KmsError("MissingAuthenticationTokenException", "Missing Authentication Token")
         match = _AUTHORIZATION.fullmatch(header.strip())
         if match is None or not set(match["headers"].split(";")) >= _MUST_BE_SIGNED:
-            raise KmsError("IncompleteSignatureException", "Authorization header is not a Signature Version 4")
-        return cls(match["key"], match["scope"], tuple(match["headers"].split(";")), match["signature"])
+            raise KmsError(
+                "IncompleteSignatureException", "Authorization header is not a Signature Version 4"
+            )
+        return cls(
+            match["key"], match["scope"], tuple(match["headers"].split(";")), match["signature"]
+        )
 
     def canonical_request(self, request: Request, body: bytes) -> str:
         """Task 1 of Signature Version 4, from the request as it arrived."""
         query = "&".join(sorted(request.query_string.decode("latin-1").split("&")))
-        headers = [f"{name}:{' '.join(request.headers.get(name, '').split())}\n" for name in self.headers]
+        headers = [
+            f"{name}:{' '.join(request.headers.get(name, '').split())}\n" for name in self.headers
+        ]
         digest = hashlib.sha256(body).hexdigest()
-        return "\n".join((request.method, request.path, query, "".join(headers), ";".join(self.headers), digest))
+        return "\n".join(
+            (request.method, request.path, query, "".join(headers), ";".join(self.headers), digest)
+        )
 
     def expected(self, secret_key: str, date: str, canonical_request: str) -> str:
         """Tasks 2 to 4: the signature that the secret key gives."""
@@ -201,31 +216,43 @@ class Signed:
         return hmac.new(key, to_sign.encode(), "sha256").hexdigest()
 
 
-def authenticate(request: Request, body: bytes, credentials: Credentials, region: str, now: datetime) -> None:
-    """Check that the request was signed with these credentials, for KMS in this region, within the last minutes.
+def authenticate(
+    request: Request, body: bytes, credentials: Credentials, region: str, now: datetime
+) -> None:
+    """Check that the request was signed with these credentials, for KMS in this region, within the
+    last minutes.
 
     Raises KmsError as AWS does.
     """
     signed = Signed.parse(request.headers.get("Authorization"))
     token = request.headers.get("X-Amz-Security-Token", "")
     if signed.access_key != credentials.access_key or not _same(token, credentials.token):
-        raise KmsError("UnrecognizedClientException", "The security token included in the request is invalid.")
+        raise KmsError(
+            "UnrecognizedClientException", "The security token included in the request is invalid."
+        )
     date = request.headers.get("X-Amz-Date", "")
     _check_scope(signed.scope, date, region)
     _check_date(date, now)
     canonical_request = signed.canonical_request(request, body)
-    if not _same(signed.expected(credentials.secret_key, date, canonical_request), signed.signature):
+    if not _same(
+        signed.expected(credentials.secret_key, date, canonical_request), signed.signature
+    ):
         raise signature_mismatch()
 
 
 def signature_mismatch(canonical_request: str = "") -> KmsError:
-    """InvalidSignatureException; AWS appends the canonical request, with the token in it, to help or to harm."""
+    """InvalidSignatureException; AWS appends the canonical request, with the token in it, to help
+    or to harm.
+    """
     message = (
-        "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access "
+        "The request signature we calculated does not match the signature you provided. Check "
+        "your AWS Secret Access "
         "Key and signing method. Consult the service documentation for details."
     )
     if canonical_request:
-        message += f"\n\nThe Canonical String for this request should have been\n'{canonical_request}'\n"
+        message += (
+            f"\n\nThe Canonical String for this request should have been\n'{canonical_request}'\n"
+        )
     return KmsError("InvalidSignatureException", message)
 
 
@@ -237,7 +264,8 @@ def _check_scope(scope: str, date: str, region: str) -> None:
     expected = f"{date[:8]}/{region}/kms/aws4_request"
     if scope != expected:
         raise KmsError(
-            "InvalidSignatureException", f"Credential should be scoped to {expected}, but is scoped to {scope}."
+            "InvalidSignatureException",
+            f"Credential should be scoped to {expected}, but is scoped to {scope}.",
         )
 
 
@@ -251,7 +279,12 @@ def _check_date(date: str, now: datetime) -> None:
         ) from error
     if signed_at < now - CLOCK_SKEW:
         bound = (now - CLOCK_SKEW).strftime(form)
-        raise KmsError("InvalidSignatureException", f"Signature expired: {date} is now earlier than {bound}")
+        raise KmsError(
+            "InvalidSignatureException", f"Signature expired: {date} is now earlier than {bound}"
+        )
     if signed_at > now + CLOCK_SKEW:
         bound = (now + CLOCK_SKEW).strftime(form)
-        raise KmsError("InvalidSignatureException", f"Signature not yet current: {date} is still later than {bound}")
+        raise KmsError(
+            "InvalidSignatureException",
+            f"Signature not yet current: {date} is still later than {bound}",
+        )

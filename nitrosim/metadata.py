@@ -1,8 +1,8 @@
 """The instance metadata service of an EC2 instance (IMDS), version 2 only: a WSGI application.
 
-A client puts to latest/api/token for a token, and gets what is below latest/meta-data with it. There are no others of
-the service's trees (dynamic, user-data) here. As with the real service, the tags of the instance are not there unless
-they are enabled.
+A client puts to latest/api/token for a token, and gets what is below latest/meta-data with it.
+There are no others of the service's trees (dynamic, user-data) here. As with the real service, the
+tags of the instance are not there unless they are enabled.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _VALUE_MAX: Final = 256
 
 
 class MetadataService:
-    """What one instance is told of itself: its id, place, role credentials and, with `tags`, its tags.
+    """What one instance is told of itself: its id, place, role credentials and, with `tags`, its
+    tags.
 
-    Tags of None are not enabled, as is the default of an instance. `clock` counts seconds. Raises ValueError for a tag
-    that cannot be in the metadata.
+    Tags of None are not enabled, as is the default of an instance. `clock` counts seconds. Raises
+    ValueError for a tag that cannot be in the metadata.
     """
 
     def __init__(
@@ -91,29 +92,42 @@ class MetadataService:
         now = self._clock()
         token = secrets.token_urlsafe(42)
         with self._lock:
-            self._tokens = {old: end for old, end in self._tokens.items() if end > now} | {token: now + int(ttl)}
+            self._tokens = {old: end for old, end in self._tokens.items() if end > now} | {
+                token: now + int(ttl)
+            }
         response = _plain(200, token)
         response.headers[_TTL] = ttl
         return response
 
     def _look_up(self, path: str) -> str | None:
-        """A value, or the list of what is below the path: a line each, and a slash after what has more below it."""
+        """A value, or the list of what is below the path: a line each, and a slash after what has
+        more below it.
+        """
         if not f"{path}/".startswith(f"{_ROOT}/"):
             return None
-        tree = self._fixed | {f"iam/security-credentials/{self._role}": _role_credentials(self._credentials)}
+        tree = self._fixed | {
+            f"iam/security-credentials/{self._role}": _role_credentials(self._credentials)
+        }
         path = path.removeprefix(_ROOT).lstrip("/")
         if path in tree:
             return tree[path]
         prefix = f"{path}/" if path else ""
-        below = (name.removeprefix(prefix).partition("/") for name in tree if name.startswith(prefix))
+        below = (
+            name.removeprefix(prefix).partition("/") for name in tree if name.startswith(prefix)
+        )
         return "\n".join(sorted({name + slash for name, slash, _ in below})) or None
 
 
 def _check_tag(key: str, value: str) -> None:
     if not _KEY.fullmatch(key):
-        raise ValueError(f"{key!r} cannot be the key of a tag in the metadata: letters, digits and + - = . , _ : @")
+        raise ValueError(
+            f"{key!r} cannot be the key of a tag in the metadata: letters, digits and + - = . , "
+            "_ : @"
+        )
     if len(value) > _VALUE_MAX:
-        raise ValueError(f"the value of a tag has at most {_VALUE_MAX} characters, {key} has {len(value)}")
+        raise ValueError(
+            f"the value of a tag has at most {_VALUE_MAX} characters, {key} has {len(value)}"
+        )
 
 
 def _role_credentials(credentials: Credentials) -> str:

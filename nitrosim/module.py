@@ -1,7 +1,8 @@
 """A Nitro Secure Module in software: CBOR requests in, CBOR answers and attestation documents out.
 
-It answers as the hardware does: names, field order and errors of aws-nitro-enclaves-nsm-api, documents in the shape
-of genuine ones. Where no hardware behaviour is public, it follows QEMU's virtio-nsm; what it assumes is said there.
+It answers as the hardware does: names, field order and errors of aws-nitro-enclaves-nsm-api,
+documents in the shape of genuine ones. Where no hardware behaviour is public, it follows QEMU's
+virtio-nsm; what it assumes is said there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _Fields = dict[Any, Any]  # what a hostile request holds
 
 MAX_PCRS: Final = 32
 PCR_SIZE: Final = 48  # SHA-384
-BOOT_LOCKED: Final = range(16)  # PCR0 to PCR15 belong to the platform, the others to the application
+BOOT_LOCKED: Final = range(
+    16
+)  # PCR0 to PCR15 belong to the platform, the others to the application
 RANDOM_SIZE: Final = 256
 VERSION: Final = (1, 0, 0)
 ZERO_PCR: Final = bytes(PCR_SIZE)
@@ -42,10 +45,15 @@ DEFAULT_MODULE_ID: Final = "i-0123456789abcdef0-enc0123456789abcdef"
 DEFAULT_ROLE_ARN: Final = "arn:aws:iam::123456789012:role/nitrosim"
 
 _ERROR_FAULTS: Final = {
-    "nsm-" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", code.name).lower(): code for code in ErrorCode if code
+    "nsm-" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", code.name).lower(): code
+    for code in ErrorCode
+    if code
 }
 FAULTS: Final[Mapping[str, str]] = {
-    **{name: f"the NSM answers every request with {code.name}" for name, code in _ERROR_FAULTS.items()},
+    **{
+        name: f"the NSM answers every request with {code.name}"
+        for name, code in _ERROR_FAULTS.items()
+    },
     "nsm-garbage": "the NSM's answers are no CBOR",
     "nsm-wrong-kind": "the NSM answers another question than the one asked",
     "nsm-empty-random": "the NSM's random answer holds no bytes",
@@ -64,8 +72,12 @@ def extended(value: bytes, data: bytes) -> bytes:
     return hashlib.sha384(value + data).digest()
 
 
-def default_pcrs(module_id: str = DEFAULT_MODULE_ID, role_arn: str = DEFAULT_ROLE_ARN) -> dict[int, bytes]:
-    """PCR0 to PCR15 of the built-in image, signed, on the parent instance and with the role that are named."""
+def default_pcrs(
+    module_id: str = DEFAULT_MODULE_ID, role_arn: str = DEFAULT_ROLE_ARN
+) -> dict[int, bytes]:
+    """PCR0 to PCR15 of the built-in image, signed, on the parent instance and with the role that
+    are named.
+    """
     values = dict.fromkeys(BOOT_LOCKED, ZERO_PCR)
     for index, label in enumerate((b"nitrosim image", b"nitrosim kernel", b"nitrosim application")):
         values[index] = hashlib.sha384(label).digest()
@@ -84,14 +96,20 @@ DEFAULT_PCRS: Final[Mapping[int, bytes]] = default_pcrs()
 
 
 def encode_payload(fields: Mapping[str, object], map_form: MapForm = "indefinite") -> bytes:
-    """A document's payload; modules of today write its map with indefinite length, those to early 2025 definite."""
+    """A document's payload; modules of today write its map with indefinite length, those to early
+    2025 definite.
+    """
     if map_form == "definite":
         return cbor2.dumps(fields)
-    return b"\xbf" + b"".join(cbor2.dumps(key) + cbor2.dumps(value) for key, value in fields.items()) + b"\xff"
+    return (
+        b"\xbf"
+        + b"".join(cbor2.dumps(key) + cbor2.dumps(value) for key, value in fields.items())
+        + b"\xff"
+    )
 
 
 def sign_document(payload: bytes, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """An attestation document: the payload in an untagged COSE_Sign1 (RFC 9052 section 4.2), ES384."""
+    """An attestation document: its payload in an untagged COSE_Sign1 (RFC 9052 4.2), ES384."""
     protected = cbor2.dumps({1: -35})  # alg: ES384
     signed = cbor2.dumps(["Signature1", protected, b"", payload])
     r, s = decode_dss_signature(key.sign(signed, ec.ECDSA(hashes.SHA384())))
@@ -107,9 +125,10 @@ class _RefusalError(Exception):
 class SoftwareNsm:
     """One module with its PCR bank; `answer` may be called from any thread.
 
-    `pcrs` replaces single values of the built-in image; debug mode zeroes PCR0, 1, 2 and 8 whatever they are. PCR0 to
-    PCR15 are locked from the start. `pki` is renewed, below its root, as certificates near their end. `fault` is one
-    of FAULTS. Raises ValueError for a PCR or a fault that cannot be.
+    `pcrs` replaces single values of the built-in image; debug mode zeroes PCR0, 1, 2 and 8 whatever
+    they are. PCR0 to PCR15 are locked from the start. `pki` is renewed, below its root, as
+    certificates near their end. `fault` is one of FAULTS. Raises ValueError for a PCR or a fault
+    that cannot be.
     """
 
     def __init__(
@@ -146,7 +165,9 @@ class SoftwareNsm:
             return tuple(self._pcrs)
 
     def answer(self, request: bytes) -> bytes:
-        """Answer one request; a refusal is an answer too, so nothing is ever raised for what a request holds."""
+        """Answer one request; a refusal is an answer too, so nothing is ever raised for what a
+        request holds.
+        """
         if self._fault == "nsm-garbage":
             return b"\xffno CBOR"
         try:
@@ -267,11 +288,15 @@ def _bank(values: Mapping[int, bytes], *, debug: bool) -> list[bytes]:
         if len(value) != PCR_SIZE:
             raise ValueError(f"PCR{index} has {PCR_SIZE} bytes, not {len(value)}")
     zeroes = DEBUG_ZEROES if debug else ()
-    return [ZERO_PCR if index in zeroes else values.get(index, ZERO_PCR) for index in range(MAX_PCRS)]
+    return [
+        ZERO_PCR if index in zeroes else values.get(index, ZERO_PCR) for index in range(MAX_PCRS)
+    ]
 
 
 def _parse(request: bytes) -> tuple[str, _Fields | None]:
-    """The name of a request and its fields: serde's externally tagged enum, a text or a map of one entry."""
+    """The name of a request and its fields: serde's externally tagged enum, a text or a map of one
+    entry.
+    """
     try:
         item = cbor.decode(request)
     except cbor.CborError as error:
@@ -301,7 +326,7 @@ def _index(fields: _Fields) -> int:
 
 
 def _bytes(fields: _Fields, name: str) -> bytes | None:
-    """An optional byte string; a text is taken as its bytes, and a field that is not there as null."""
+    """An optional byte string; a text is taken as its bytes, an absent field as null."""
     value = fields.get(name)
     if value is None or isinstance(value, bytes):
         return value
@@ -313,4 +338,6 @@ def _bytes(fields: _Fields, name: str) -> bytes | None:
 @functools.cache
 def _other_public_key() -> bytes:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    return key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )

@@ -1,8 +1,9 @@
-"""Objects over https: as much of S3 as a client needs to put and get them, for any request that is no KMS call.
+"""Objects over https: as much of S3 as a client needs to put and get them, for any request that is
+no KMS call.
 
-Paths are /BUCKET/KEY, or /KEY where the bucket is in the host's name, BUCKET.s3.REGION.SUFFIX. Requests are not
-authenticated: what attestor fetches is either encrypted or has a known digest, and a hostile parent could serve
-anything anyway. One bucket is special: "forbidden" answers 403.
+Paths are /BUCKET/KEY, or /KEY where the bucket is in the host's name, BUCKET.s3.REGION.SUFFIX.
+Requests are not authenticated: what attestor fetches is either encrypted or has a known digest, and
+a hostile parent could serve anything anyway. One bucket is special: "forbidden" answers 403.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ class ObjectStore:
         if name not in self.objects:
             return _error(404, "NoSuchKey", "The specified key does not exist.")
         data = self.objects[name]
-        return Response(data, 200, content_type="binary/octet-stream", headers={"ETag": _etag(data)})
+        return Response(
+            data, 200, content_type="binary/octet-stream", headers={"ETag": _etag(data)}
+        )
 
 
 def _unchunked(request: Request) -> bytes:
-    """The object in a PUT; SDKs may wrap it in aws-chunked encoding, hexadecimal lengths before each chunk."""
+    """The object in a PUT; SDKs may wrap it in aws-chunked encoding, hexadecimal lengths before
+    each chunk.
+    """
     data = request.get_data()
     if "aws-chunked" not in request.headers.get("Content-Encoding", ""):
         return data
@@ -68,6 +73,7 @@ def _etag(data: bytes) -> str:
 
 def _error(status: int, code: str, message: str) -> Response:
     text = (
-        f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>'
+        '<?xml version="1.0" '
+        f'encoding="UTF-8"?><Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>'
     )
     return Response(text, status, content_type="application/xml")

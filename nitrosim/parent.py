@@ -1,10 +1,11 @@
-"""What runs on the parent instance: services that an enclave reaches through vsock, forwarded byte by byte.
+"""What runs on the parent instance: services that an enclave reaches through vsock, forwarded byte
+by byte.
 
     with Parent(listeners(Ports(), kms=port, metadata=other, tell=print)):
         ...
 
-The ports are those of the units in enclave/parent: KMS, S3, the metadata service, and status lines, of which each
-connection brings one JSON object.
+The ports are those of the units in enclave/parent: KMS, S3, the metadata service, and status lines,
+of which each connection brings one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     Own = Callable[[socket.socket], object]
     Service = Callable[[socket.socket, Own], object]
-    """What serves one connection, in a thread of its own; further sockets that it waits on it gives to the second."""
+    """What serves one connection, in a thread of its own; further sockets that it waits on it gives
+    to the second.
+    """
 
 LINE_MAX: Final = 4096  # bytes of a status line
 _CHUNK: Final = 1 << 16
@@ -49,8 +52,9 @@ def listeners(
 ) -> list[tuple[socket.socket, Service]]:
     """The services of the parent behind vsock, for any context id.
 
-    `kms` is the TCP port on 127.0.0.1 of KMS, S3 is there, too, and `metadata` that of the metadata service; `tell`
-    gets each status line. Raises SimulatorError where vsock is not to be had or a port is taken.
+    `kms` is the TCP port on 127.0.0.1 of KMS, S3 is there, too, and `metadata` that of the metadata
+    service; `tell` gets each status line. Raises SimulatorError where vsock is not to be had or a
+    port is taken.
     """
     services: list[tuple[int, Service]] = [
         (ports.kms, forward_to(kms)),
@@ -74,7 +78,8 @@ def _listen(port: int) -> socket.socket:
         if listener is not None:
             listener.close()
         raise SimulatorError(
-            f"cannot listen on vsock port {port}: {error.strerror}; modprobe vsock_loopback makes vsock on one machine"
+            f"cannot listen on vsock port {port}: {error.strerror}; modprobe vsock_loopback "
+            "makes vsock on one machine"
         ) from error
     return listener
 
@@ -92,8 +97,12 @@ def forward_to(port: int) -> Service:
 
 
 def join(one: socket.socket, other: socket.socket) -> None:
-    """Carry bytes both ways until both have said all; the end of one direction is passed on, the other goes on."""
-    back = threading.Thread(target=_carry, args=(other, one), name="nitrosim-parent-back", daemon=True)
+    """Carry bytes both ways until both have said all; the end of one direction is passed on, the
+    other goes on.
+    """
+    back = threading.Thread(
+        target=_carry, args=(other, one), name="nitrosim-parent-back", daemon=True
+    )
     back.start()
     _carry(one, other)
     back.join()
@@ -118,7 +127,8 @@ def _hang_up(connection: socket.socket) -> None:
 def collect(tell: Callable[[str], object]) -> Service:
     """A service that takes one status line of each connection.
 
-    What it tells is JSON in ASCII on one line: the object that came, or {"unreadable": text} for anything else.
+    What it tells is JSON in ASCII on one line: the object that came, or {"unreadable": text} for
+    anything else.
     """
 
     def take(connection: socket.socket, _own: Own) -> None:
@@ -143,7 +153,9 @@ def _status(line: bytes) -> Mapping[str, Any]:
 
 
 class Parent:
-    """Listeners, each with its service; a context manager that owns them, and ends every connection when it is left."""
+    """Listeners, each with its service; a context manager that owns them, and ends every connection
+    when it is left.
+    """
 
     def __init__(self, services: Iterable[tuple[socket.socket, Service]]) -> None:
         self._services = list(services)
@@ -158,7 +170,9 @@ class Parent:
             for listener, _ in self._services:
                 parts.enter_context(listener)
                 listener.setblocking(False)
-            thread = threading.Thread(target=self._accept_all, args=(stopped,), name="nitrosim-parent", daemon=True)
+            thread = threading.Thread(
+                target=self._accept_all, args=(stopped,), name="nitrosim-parent", daemon=True
+            )
             thread.start()
             parts.callback(thread.join)
             parts.callback(stop.shutdown, socket.SHUT_RDWR)
@@ -166,7 +180,10 @@ class Parent:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._parts.close()
 
@@ -184,12 +201,17 @@ class Parent:
     def _accept(self, listener: Any, service: Service) -> None:
         try:
             connection, _ = listener.accept()
-        except OSError:  # the client is gone again, or no descriptor is left: give others time to return one
+        except (
+            OSError
+        ):  # the client is gone again, or no descriptor is left: give others time to return one
             threading.Event().wait(_PAUSE)
             return
         connection.setblocking(True)
         thread = threading.Thread(
-            target=self._serve, args=(connection, service), name="nitrosim-parent-connection", daemon=True
+            target=self._serve,
+            args=(connection, service),
+            name="nitrosim-parent-connection",
+            daemon=True,
         )
         with self._lock:
             self._open[thread] = [connection]
@@ -199,7 +221,9 @@ class Parent:
         with connection:
             with contextlib.suppress(OSError):
                 service(connection, self._own)
-            with self._lock:  # before it is closed: nobody may hang up a number that is somebody else's
+            with (
+                self._lock
+            ):  # before it is closed: nobody may hang up a number that is somebody else's
                 del self._open[threading.current_thread()]
 
     def _own(self, further: socket.socket) -> None:

@@ -1,7 +1,9 @@
-"""Throw-away PKIs: the five certificates behind an attestation document, and TLS for the simulated endpoints.
+"""Throw-away PKIs: the five certificates behind an attestation document, and TLS for the simulated
+endpoints.
 
-The NSM's certificates have the real shapes and lifetimes (AWS's "Nitro Enclaves attestation process" and genuine
-documents), so that a verifier meets here what it meets on hardware; only their names say that nothing of this is AWS.
+The NSM's certificates have the real shapes and lifetimes (AWS's "Nitro Enclaves attestation
+process" and genuine documents), so that a verifier meets here what it meets on hardware; only their
+names say that nothing of this is AWS.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ _CA_USAGE: Final = frozenset({"digital_signature", "key_cert_sign", "crl_sign"})
 class Shape:
     """What one certificate is made like; a negative test alters single fields of it.
 
-    `age` is how long ago it was issued. `ca` None leaves basicConstraints out, `usage` None keyUsage;
-    `identifiers` says whether it carries the subject's and the authority's key identifiers.
+    `age` is how long ago it was issued. `ca` None leaves basicConstraints out, `usage` None
+    keyUsage; `identifiers` says whether it carries the subject's and the authority's key
+    identifiers.
     """
 
     common_name: str
@@ -109,7 +112,11 @@ class Issued:
 
 
 def issue(
-    shape: Shape, *, now: datetime, issuer: Issued | None = None, extensions: Sequence[x509.ExtensionType] = ()
+    shape: Shape,
+    *,
+    now: datetime,
+    issuer: Issued | None = None,
+    extensions: Sequence[x509.ExtensionType] = (),
 ) -> Issued:
     """Make a key and its certificate; without an issuer it signs itself."""
     key = ec.generate_private_key(shape.curve)
@@ -141,13 +148,17 @@ def _extensions(
     if shape.identifiers:
         found.append((x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False))
         if signer is not key:
-            found.append((x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False))
+            found.append(
+                (x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False)
+            )
     if shape.usage is not None:
         usage = x509.KeyUsage(**{name: name in shape.usage for name in _USAGES})
         found.append((usage, shape.usage_critical))
     if shape.crl:
         url = x509.UniformResourceIdentifier("http://crl.nitrosim.invalid/crl")
-        found.append((x509.CRLDistributionPoints([x509.DistributionPoint([url], None, None, None)]), False))
+        found.append(
+            (x509.CRLDistributionPoints([x509.DistributionPoint([url], None, None, None)]), False)
+        )
     return found
 
 
@@ -178,17 +189,28 @@ class NsmPki:
     ) -> Self:
         """A new PKI as a module of that id and region would have it at `now` (an aware datetime).
 
-        `changes` makes it wrong on purpose: fields of `Shape` by level, as in {"leaf": {"usage": None}}.
+        `changes` makes it wrong on purpose: fields of `Shape` by level, as in {"leaf": {"usage":
+        None}}.
         """
-        names = {"region": region, "module_id": module_id, "instance": module_id.partition("-enc")[0]}
+        names = {
+            "region": region,
+            "module_id": module_id,
+            "instance": module_id.partition("-enc")[0],
+        }
         shapes = {
-            level: replace(shape, common_name=shape.common_name.format_map(names), **(changes or {}).get(level, {}))
+            level: replace(
+                shape,
+                common_name=shape.common_name.format_map(names),
+                **(changes or {}).get(level, {}),
+            )
             for level, shape in SHAPES.items()
         }
         return cls(_issue_levels(shapes, {}, now), shapes)
 
     def renewed(self, now: datetime) -> Self:
-        """This PKI with every certificate issued anew that is in the last tenth of its life, and all below it."""
+        """This PKI with every certificate issued anew that is in the last tenth of its life, and
+        all below it.
+        """
         kept: dict[str, Issued] = {}
         for level, issued in self.levels.items():
             if now > issued.certificate.not_valid_after_utc - self.shapes[level].lifetime / 10:
@@ -233,7 +255,9 @@ class NsmPki:
         return self.levels["leaf"].key
 
 
-def _issue_levels(shapes: Mapping[str, Shape], kept: Mapping[str, Issued], now: datetime) -> dict[str, Issued]:
+def _issue_levels(
+    shapes: Mapping[str, Shape], kept: Mapping[str, Issued], now: datetime
+) -> dict[str, Issued]:
     """Issue the levels that are not kept, each signed by the one above it."""
     levels: dict[str, Issued] = {}
     issuer = None
@@ -251,9 +275,18 @@ class TlsPki:
     key_pem: bytes = field(repr=False)
 
     @classmethod
-    def generate(cls, *, now: datetime, names: Sequence[str], ips: Sequence[str] = (), expired: bool = False) -> Self:
-        """A new CA, and a certificate for those DNS names and addresses; an expired one ended an hour before `now`."""
-        ca = issue(Shape("nitrosim TLS CA", timedelta(days=30), age=timedelta(days=10), curve=ec.SECP256R1()), now=now)
+    def generate(
+        cls, *, now: datetime, names: Sequence[str], ips: Sequence[str] = (), expired: bool = False
+    ) -> Self:
+        """A new CA, and a certificate for those DNS names and addresses; an expired one ended an
+        hour before `now`.
+        """
+        ca = issue(
+            Shape(
+                "nitrosim TLS CA", timedelta(days=30), age=timedelta(days=10), curve=ec.SECP256R1()
+            ),
+            now=now,
+        )
         life = timedelta(days=7)
         server = Shape(
             "nitrosim TLS server",

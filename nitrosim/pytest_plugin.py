@@ -1,7 +1,7 @@
 """pytest fixtures: an enclave and its KMS for the tests of any program; installed with the package.
 
-Nothing starts before a test asks for it. All tests of a session share one world, and each gets it fresh in its
-environment.
+Nothing starts before a test asks for it. All tests of a session share one world, and each gets it
+fresh in its environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def nitrosim_world() -> Iterator[World]:
-    """The simulated enclave and KMS, with keys and certificates of their own; see `nitrosim.world.World`."""
+    """The simulated enclave and KMS, with keys and certificates of their own; see
+    `nitrosim.world.World`.
+    """
     from nitrosim.world import World
 
     with World() as world:
@@ -35,7 +37,9 @@ def nitrosim_environment(nitrosim_world: World) -> dict[str, str]:
 
 @pytest.fixture
 def nitrosim_nsm(nitrosim_world: World, monkeypatch: pytest.MonkeyPatch) -> SoftwareNsm:
-    """The software Nitro Secure Module, which `nsm.Nsm()` reaches in this process, too, while the test runs."""
+    """The software Nitro Secure Module, which `nsm.Nsm()` reaches in this process, too, while the
+    test runs.
+    """
     import attestor
     import nsm
     from nsm.device import Device
@@ -67,8 +71,8 @@ def nitrosim_kms(
 ) -> Any:
     """An operator's plain boto3 client of the KMS, with a key behind alias/nitrosim.
 
-    While the test runs the process's environment is that of the enclave: `boto3.client("kms")` is the same KMS, and
-    `attestor.attested` of it works.
+    While the test runs the process's environment is that of the enclave: `boto3.client("kms")` is
+    the same KMS, and `attestor.attested` of it works.
     """
     import boto3
 

@@ -1,7 +1,8 @@
-"""HTTPS, and HTTP, for a WSGI application on the loopback: HTTP/1.1, kept alive, a thread for each connection.
+"""HTTPS, and HTTP, for a WSGI application on the loopback: HTTP/1.1, kept alive, a thread for each
+connection.
 
-Not werkzeug's development server: that one shakes hands in the accepting thread, where one silent client blocks all
-others, and closes the connection after each response.
+Not werkzeug's development server: that one shakes hands in the accepting thread, where one silent
+client blocks all others, and closes the connection after each response.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class HangUp(Exception):  # noqa: N818 - no error: the application's wish
 
 
 class Silence(Exception):  # noqa: N818 - no error: the application's wish
-    """Raised by a WSGI application: do not answer, and keep the connection until the client goes."""
+    """Raised by a WSGI application: do not answer, keep the connection until the client goes."""
 
 
 class HttpServer:
@@ -85,7 +86,10 @@ class HttpServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -95,12 +99,17 @@ class HttpServer:
 class HttpsServer(HttpServer):
     """The same behind TLS.
 
-    `ca_pem` is the CA that a client must trust; with the fault "tls-other-ca" it is one that did not sign the
-    server's certificate.
+    `ca_pem` is the CA that a client must trust; with the fault "tls-other-ca" it is one that did
+    not sign the server's certificate.
     """
 
     def __init__(
-        self, application: WSGIApplication, *, region: str = "eu-west-1", fault: str | None = None, port: int = 0
+        self,
+        application: WSGIApplication,
+        *,
+        region: str = "eu-west-1",
+        fault: str | None = None,
+        port: int = 0,
     ) -> None:
         if fault is not None and fault not in FAULTS:
             raise ValueError(f"{fault!r} is no TLS fault, expected one of {', '.join(FAULTS)}")
@@ -121,7 +130,9 @@ def _pki(region: str, fault: str | None) -> TlsPki:
         return TlsPki.generate(now=now, names=["kms.nitrosim.invalid"])
     suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
     hosts = [f"{service}.{region}.{suffix}" for service in ("kms", "kms-fips", "s3", "*.s3")]
-    return TlsPki.generate(now=now, names=[*hosts, "localhost"], ips=["127.0.0.1"], expired=fault == "tls-expired")
+    return TlsPki.generate(
+        now=now, names=[*hosts, "localhost"], ips=["127.0.0.1"], expired=fault == "tls-expired"
+    )
 
 
 def _context(pki: TlsPki, *, old: bool) -> ssl.SSLContext:
@@ -158,7 +169,9 @@ class _Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", int(self.server_address[1])
 
-    def finish_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
+    def finish_request(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any
+    ) -> None:
         """Serve one connection, in its own thread."""
         if not isinstance(request, socket.socket):
             raise TypeError("not a stream socket")
@@ -180,7 +193,8 @@ class _Server(http.server.ThreadingHTTPServer):
         super().server_close()
         with self._lock:
             for connection in self._open:
-                # SSLSocket's own shutdown would fall back to plain text under the thread that uses it
+                # SSLSocket's own shutdown would fall back to plain text under the thread that uses
+                # it
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
@@ -199,7 +213,9 @@ class _Server(http.server.ThreadingHTTPServer):
 class _TlsServer(_Server):
     """Shakes hands first; without a context it says in plain text that it cannot."""
 
-    def __init__(self, address: tuple[str, int], application: WSGIApplication, context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, address: tuple[str, int], application: WSGIApplication, context: ssl.SSLContext | None
+    ) -> None:
         self._context = context
         super().__init__(address, application)
 
@@ -209,7 +225,9 @@ class _TlsServer(_Server):
             _speak_plainly(connection)
             return
         with (
-            self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as inner,
+            self._context.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            ) as inner,
             self._tracked(inner),
         ):
             inner.do_handshake()
@@ -217,9 +235,13 @@ class _TlsServer(_Server):
 
 
 def _speak_plainly(connection: socket.socket) -> None:
-    """Answer a ClientHello in plain HTTP, and let the client read it: an early close would reset the connection."""
+    """Answer a ClientHello in plain HTTP, and let the client read it: an early close would reset
+    the connection.
+    """
     connection.recv(_CHUNK)
-    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    connection.sendall(
+        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    )
     connection.shutdown(socket.SHUT_WR)
     _drain(connection)
 
@@ -279,7 +301,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _respond(self, body: bytes) -> None:
         started: list[tuple[str, list[tuple[str, str]]]] = []
 
-        def start_response(status: str, headers: list[tuple[str, str]], *_: object) -> Callable[[bytes], object]:
+        def start_response(
+            status: str, headers: list[tuple[str, str]], *_: object
+        ) -> Callable[[bytes], object]:
             started.append((status, headers))
             return self.wfile.write
 
@@ -293,7 +317,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 close()
 
     def _write(self, status: str, headers: dict[str, str], chunks: Iterable[bytes]) -> None:
-        """Send a response; one without Content-Length ends with the connection, and so does one that is cut short."""
+        """Send a response; one without Content-Length ends with the connection, and so does one
+        that is cut short.
+        """
         left = int(headers["Content-Length"]) if "Content-Length" in headers else None
         if left is None:
             self.close_connection = True
@@ -311,7 +337,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _environ(self, body: bytes) -> WSGIEnvironment:
         path, _, query = self.path.partition("?")
-        headers = {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in self.headers.items()}
+        headers = {
+            f"HTTP_{name.upper().replace('-', '_')}": value for name, value in self.headers.items()
+        }
         return headers | {
             "REQUEST_METHOD": self.command,
             "SCRIPT_NAME": "",

@@ -1,4 +1,5 @@
-"""An enclave and its KMS around one command: the simulated device and endpoint, and the environment that names them.
+"""An enclave and its KMS around one command: the simulated device and endpoint, and the environment
+that names them.
 
 with World(pcrs={0: pcr0}) as world:
     subprocess.run(command, env=world.environment(os.environ))
@@ -35,16 +36,18 @@ _CA_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 class World:
-    """A software NSM, an attested KMS and a private CA, all new; a context manager that starts and stops them.
+    """A software NSM, an attested KMS and a private CA, all new; a context manager that starts and
+    stops them.
 
-    `faults` are names of FAULTS, at most one of each layer. `pcrs` and `debug` change the enclave, never what the
-    policy of alias/nitrosim asks for; `key_policy` replaces that policy. `clock_skew` is how many seconds the clock of
-    KMS is ahead. `device` is the path of a real device in the place of the shim, for root where the kernel has CUSE.
-    `tags` are those of the instance; None leaves them disabled. With `vsock` the services of the parent are on its
-    vsock ports; status lines that come there go into `status_lines`, and to `on_status`.
+    `faults` are names of FAULTS, at most one of each layer. `pcrs` and `debug` change the enclave,
+    never what the policy of alias/nitrosim asks for; `key_policy` replaces that policy.
+    `clock_skew` is how many seconds the clock of KMS is ahead. `device` is the path of a real
+    device in the place of the shim, for root where the kernel has CUSE. `tags` are those of the
+    instance; None leaves them disabled. With `vsock` the services of the parent are on its vsock
+    ports; status lines that come there go into `status_lines`, and to `on_status`.
 
-    The metadata service runs when one of these three asks for it. Raises ValueError for what cannot be, and
-    `nitrosim.device.SimulatorError` when this machine lacks something.
+    The metadata service runs when one of these three asks for it. Raises ValueError for what cannot
+    be, and `nitrosim.device.SimulatorError` when this machine lacks something.
     """
 
     def __init__(
@@ -64,25 +67,33 @@ class World:
         on_status: Callable[[str], object] | None = None,
     ) -> None:
         chosen = _by_layer(faults)
-        pki = NsmPki.generate(now=datetime.now(UTC), region=kms.REGION, module_id=module.DEFAULT_MODULE_ID)
+        pki = NsmPki.generate(
+            now=datetime.now(UTC), region=kms.REGION, module_id=module.DEFAULT_MODULE_ID
+        )
         self.kms = kms.AttestedKms(
             nsm_root_sha256=pki.root_sha256,
             principal=principal,
-            account=principal.split(":")[4] if principal and principal.count(":") > 4 else kms.ACCOUNT,
+            account=principal.split(":")[4]
+            if principal and principal.count(":") > 4
+            else kms.ACCOUNT,
             key_policy=key_policy,
             envelope=envelope,
             fault=chosen.get("kms"),
             clock=lambda: datetime.now(UTC) + timedelta(seconds=clock_skew),
         )
         role = {3: module.extended(module.ZERO_PCR, kms.role_of(self.kms.principal).encode())}
-        self.module = module.SoftwareNsm(pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=chosen.get("nsm"))
+        self.module = module.SoftwareNsm(
+            pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=chosen.get("nsm")
+        )
         self.store = objects.ObjectStore(self.kms)
         self.status_lines: list[str] = []
         self.device = device
         self._vsock = vsock
         self._on_status = on_status
         instance = _instance(self.kms, tags)
-        self._server = server.HttpsServer(self.store, region=kms.REGION, fault=chosen.get("tls"), port=port)
+        self._server = server.HttpsServer(
+            self.store, region=kms.REGION, fault=chosen.get("tls"), port=port
+        )
         wanted = vsock or device is not None or tags is not None
         self._metadata = server.HttpServer(instance) if wanted else None
         self._root_der = pki.root_der
@@ -108,9 +119,15 @@ class World:
         return self._metadata.url if self._metadata else None
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The variables of a command in this world: nothing of the host's AWS set-up or proxies is left in them."""
+        """The variables of a command in this world: nothing of the host's AWS set-up or proxies is
+        left in them.
+        """
         kept = {name: value for name, value in base.items() if not name.startswith("AWS_")}
-        kept = {name: value for name, value in kept.items() if name.upper() not in (*_PROXIES, *_LEFT_BEHIND)}
+        kept = {
+            name: value
+            for name, value in kept.items()
+            if name.upper() not in (*_PROXIES, *_LEFT_BEHIND)
+        }
         ca = str(self.folder / "ca.pem")
         return self._device.environment(
             kept
@@ -119,7 +136,8 @@ class World:
                 "AWS_REGION": kms.REGION,
                 "AWS_DEFAULT_REGION": kms.REGION,
                 "AWS_ENDPOINT_URL_KMS": self.url,
-                "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self._server.port}",  # a number: buckets stay in the path
+                # a number: buckets stay in the path
+                "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self._server.port}",
                 "AWS_CA_BUNDLE": ca,
                 "SSL_CERT_FILE": ca,  # of servers that are not AWS's
                 "AWS_ACCESS_KEY_ID": self.kms.credentials.access_key,
@@ -129,7 +147,11 @@ class World:
                 "AWS_SHARED_CREDENTIALS_FILE": str(self.folder / "no-credentials"),
                 "NITROSIM_NSM_ROOT": str(self.folder / "nsm-root.der"),
             }
-            | ({_METADATA: self._metadata.url} if self._metadata else {"AWS_EC2_METADATA_DISABLED": "true"})
+            | (
+                {_METADATA: self._metadata.url}
+                if self._metadata
+                else {"AWS_EC2_METADATA_DISABLED": "true"}
+            )
         )
 
     def __enter__(self) -> Self:
@@ -148,7 +170,10 @@ class World:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._parts.close()
 
@@ -162,7 +187,9 @@ class World:
     def _parent(self, metadata_port: int) -> Parent:
         from nitrosim.parent import Parent, Ports, listeners
 
-        return Parent(listeners(Ports(), kms=self.port, metadata=metadata_port, tell=self._take_status))
+        return Parent(
+            listeners(Ports(), kms=self.port, metadata=metadata_port, tell=self._take_status)
+        )
 
     def _take_status(self, line: str) -> None:
         self.status_lines.append(line)
@@ -170,8 +197,10 @@ class World:
             self._on_status(line)
 
 
-def _instance(attested: kms.AttestedKms, tags: Mapping[str, str] | None) -> metadata.MetadataService:
-    """The metadata of the instance that the enclave runs on, with the role that it calls KMS with."""
+def _instance(
+    attested: kms.AttestedKms, tags: Mapping[str, str] | None
+) -> metadata.MetadataService:
+    """The metadata of the enclave's instance, with the role that it calls KMS with."""
     return metadata.MetadataService(
         instance_id=module.instance_of(module.DEFAULT_MODULE_ID),
         region=kms.REGION,

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["REQUEST_MAX", "RESPONSE_MAX", "Description", "ErrorCode", "Nsm", "NsmError", "Pcr", "Transport"]
+__all__ = [
+    "REQUEST_MAX",
+    "RESPONSE_MAX",
+    "Description",
+    "ErrorCode",
+    "Nsm",
+    "NsmError",
+    "Pcr",
+    "Transport",
+]
 
 _INDEX_MAX: Final = 0xFFFF  # indices are u16 in the NSM's interface
 
@@ -25,9 +34,9 @@ _INDEX_MAX: Final = 0xFFFF  # indices are u16 in the NSM's interface
 class Nsm:
     """One open NSM, safe to share between threads; a context manager that closes it once.
 
-    Without a transport it is found: the library that NSM_LIBRARY names (which must work: nsm.library.LibraryError),
-    else the patched libnsm.so of this package or of the dynamic linker, else the device node /dev/nsm. Opening and
-    every operation raise NsmError.
+    Without a transport it is found: the library that NSM_LIBRARY names (which must work:
+    nsm.library.LibraryError), else the patched libnsm.so of this package or of the dynamic linker,
+    else the device node /dev/nsm. Opening and every operation raise NsmError.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
@@ -55,9 +64,14 @@ class Nsm:
         self._open("LockPCRs", index=count).lock_pcrs(count)
 
     def attest(
-        self, user_data: bytes | None = None, nonce: bytes | None = None, public_key: bytes | None = None
+        self,
+        user_data: bytes | None = None,
+        nonce: bytes | None = None,
+        public_key: bytes | None = None,
     ) -> bytes:
-        """An attestation document, an untagged COSE_Sign1 of 4 to 12 KiB; the fields share about 4000 bytes."""
+        """An attestation document, an untagged COSE_Sign1 of 4 to 12 KiB; the fields share about
+        4000 bytes.
+        """
         size = sum(len(field) for field in (user_data, nonce, public_key) if field)
         document = self._open("Attestation", size=size).attest(user_data, nonce, public_key)
         if not document:
@@ -65,7 +79,9 @@ class Nsm:
         return document
 
     def random(self, length: int = 256) -> bytes:
-        """Random bytes, asked for in as many requests as it takes (the NSM gives up to 256 at a time)."""
+        """Random bytes, asked for in as many requests as it takes (the NSM gives up to 256 at a
+        time).
+        """
         transport = self._open("GetRandom")
         parts = bytearray()
         while len(parts) < length:
@@ -85,7 +101,10 @@ class Nsm:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 

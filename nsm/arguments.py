@@ -1,4 +1,6 @@
-"""What people write for PCRs, bytes, times and roots, as values: text in, value or ArgumentError out."""
+"""What people write for PCRs, bytes, times and roots, as values: text in, value or ArgumentError
+out.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class ArgumentError(Exception):
 
 
 def parse_pcr(text: str) -> tuple[int, bytes]:
-    """Read N=VALUE: 96 hexadecimal characters, as nitro-cli prints PCRs, or 64 of base64, as CloudTrail shows them."""
+    """Read N=VALUE: 96 hexadecimal characters, as nitro-cli prints PCRs, or 64 of base64, as
+    CloudTrail shows them.
+    """
     number, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[0-9]|[12][0-9]|3[01]", number):
         raise ArgumentError(f"{text[:40]!r} is not N=HEX with N from 0 to {PCRS_MAX - 1}")
@@ -32,7 +36,8 @@ def parse_pcr(text: str) -> tuple[int, bytes]:
     if re.fullmatch(rf"[A-Za-z0-9+/]{{{_BASE64_LENGTH}}}", value):
         return int(number), base64.b64decode(value)
     raise ArgumentError(
-        f"PCR{number} has a value of {len(value)} characters, expected {2 * PCR_SIZE} hexadecimal ones "
+        f"PCR{number} has a value of {len(value)} characters, expected {2 * PCR_SIZE} "
+        "hexadecimal ones "
         f"or {_BASE64_LENGTH} of base64"
     )
 
@@ -42,7 +47,9 @@ def merge(*parts: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
     merged: dict[int, bytes] = {}
     for index, value in (pair for pairs in parts for pair in pairs):
         if merged.setdefault(index, value) != value:
-            raise ArgumentError(f"PCR{index} is given twice: {merged[index].hex()} and {value.hex()}")
+            raise ArgumentError(
+                f"PCR{index} is given twice: {merged[index].hex()} and {value.hex()}"
+            )
     return merged
 
 
@@ -72,7 +79,9 @@ def parse_time(text: str) -> datetime:
     except ValueError as error:
         raise ArgumentError(f"{text[:40]!r} is no time such as 2026-01-03T12:00:00Z") from error
     if time.tzinfo is None:
-        raise ArgumentError(f"{text[:40]!r} has no time zone, such as the Z in 2026-01-03T12:00:00Z")
+        raise ArgumentError(
+            f"{text[:40]!r} has no time zone, such as the Z in 2026-01-03T12:00:00Z"
+        )
     try:
         return time.astimezone(UTC)
     except OverflowError as error:
@@ -82,7 +91,9 @@ def parse_time(text: str) -> datetime:
 def parse_age(text: str) -> timedelta:
     """Read a number of seconds, more than 0 and at most a year."""
     if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,3})?", text) or not 0 < float(text) <= _YEAR:
-        raise ArgumentError(f"{text[:40]!r} is no number of seconds, more than 0 and at most a year")
+        raise ArgumentError(
+            f"{text[:40]!r} is no number of seconds, more than 0 and at most a year"
+        )
     return timedelta(seconds=float(text))
 
 
@@ -92,7 +103,9 @@ def parse_certificate(data: bytes) -> bytes:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding
 
-    load = x509.load_pem_x509_certificate if b"-----BEGIN" in data else x509.load_der_x509_certificate
+    load = (
+        x509.load_pem_x509_certificate if b"-----BEGIN" in data else x509.load_der_x509_certificate
+    )
     try:
         return load(data).public_bytes(Encoding.DER)
     except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:

@@ -17,8 +17,9 @@ class CborError(Exception):
 def decode(data: bytes) -> object:
     """Decode exactly one item: no trailing bytes, duplicate keys, deep nesting or tags.
 
-    Raises CborError. Every tag is refused before its content is interpreted: a hostile item must not choose which
-    of the decoder's many types it becomes, nor make it compute (a bigfloat of tag 5 can ask for gigabytes).
+    Raises CborError. Every tag is refused before its content is interpreted: a hostile item must
+    not choose which of the decoder's many types it becomes, nor make it compute (a bigfloat of tag
+    5 can ask for gigabytes).
     """
     source = io.BytesIO(data)
     try:
@@ -42,6 +43,30 @@ def _refuse_tag(*_: object) -> NoReturn:
 
 
 _TAGS_WITH_A_MEANING: Final = dict.fromkeys(
-    (0, 1, 2, 3, 4, 5, 25, 28, 29, 30, 35, 36, 37, 52, 54, 100, 256, 258, 260, 261, 1004, 43000, 55799),
+    (
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        25,
+        28,
+        29,
+        30,
+        35,
+        36,
+        37,
+        52,
+        54,
+        100,
+        256,
+        258,
+        260,
+        261,
+        1004,
+        43000,
+        55799,
+    ),
     _refuse_tag,
 )

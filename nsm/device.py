@@ -1,7 +1,8 @@
 """The NSM straight over /dev/nsm: one ioctl and CBOR, no compiled library.
 
-The wire format is serde's externally tagged enum of aws-nitro-enclaves-nsm-api: a request without fields is a text
-string, one with fields a map of one entry, {name: {field: value}}; answers likewise, or {"Error": code name}.
+The wire format is serde's externally tagged enum of aws-nitro-enclaves-nsm-api: a request without
+fields is a text string, one with fields a map of one entry, {name: {field: value}}; answers
+likewise, or {"Error": code name}.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from nsm import cbor
 from nsm.module import REQUEST_MAX, RESPONSE_MAX, Description, ErrorCode, NsmError, Pcr
 
 DEVICE: Final = "/dev/nsm"
-# _IOWR(0x0A, 0, struct nsm_raw) of linux/nsm.h; struct nsm_raw is {u64 address, u64 length} for the request, then
-# the same for the response. The driver writes the response's true length back.
+# _IOWR(0x0A, 0, struct nsm_raw) of linux/nsm.h; struct nsm_raw is {u64 address, u64 length} for the
+# request, then the same for the response. The driver writes the response's true length back.
 NSM_IOCTL_RAW: Final = 0xC0200A00
 
 
@@ -35,7 +36,10 @@ class Device:
     def describe(self) -> Description:
         """DescribeNSM."""
         answer = self._ask("DescribeNSM")
-        version = tuple(_field(answer, "DescribeNSM", f"version_{part}", int) for part in ("major", "minor", "patch"))
+        version = tuple(
+            _field(answer, "DescribeNSM", f"version_{part}", int)
+            for part in ("major", "minor", "patch")
+        )
         locked = _field(answer, "DescribeNSM", "locked_pcrs", list)
         if not all(type(index) is int for index in locked):
             raise NsmError("DescribeNSM", code=ErrorCode.InvalidResponse, detail="locked_pcrs")
@@ -50,7 +54,10 @@ class Device:
     def describe_pcr(self, index: int) -> Pcr:
         """DescribePCR."""
         answer = self._ask("DescribePCR", index=index)
-        return Pcr(_field(answer, "DescribePCR", "lock", bool), _field(answer, "DescribePCR", "data", bytes))
+        return Pcr(
+            _field(answer, "DescribePCR", "lock", bool),
+            _field(answer, "DescribePCR", "data", bytes),
+        )
 
     def extend_pcr(self, index: int, data: bytes) -> bytes:
         """ExtendPCR."""
@@ -64,7 +71,9 @@ class Device:
         """LockPCRs."""
         self._ask("LockPCRs", range=count)
 
-    def attest(self, user_data: bytes | None, nonce: bytes | None, public_key: bytes | None) -> bytes:
+    def attest(
+        self, user_data: bytes | None, nonce: bytes | None, public_key: bytes | None
+    ) -> bytes:
         """Attestation."""
         answer = self._ask("Attestation", user_data=user_data, nonce=nonce, public_key=public_key)
         return _field(answer, "Attestation", "document", bytes)
@@ -85,7 +94,9 @@ class Device:
         try:
             answer = cbor.decode(self._exchange(operation, request))
         except cbor.CborError as error:
-            raise NsmError(operation, code=ErrorCode.InternalError, detail=f"answer is no CBOR: {error}") from error
+            raise NsmError(
+                operation, code=ErrorCode.InternalError, detail=f"answer is no CBOR: {error}"
+            ) from error
         if answer == operation:
             return answer
         if isinstance(answer, dict) and len(answer) == 1:
@@ -98,8 +109,13 @@ class Device:
 
     def _exchange(self, operation: str, request: bytes) -> bytes:
         outgoing = array("B", request)
-        incoming = array("B", bytes(RESPONSE_MAX))  # both stay referenced until the kernel is done with them
-        raw = array("Q", (outgoing.buffer_info()[0], len(outgoing), incoming.buffer_info()[0], len(incoming)))
+        incoming = array(
+            "B", bytes(RESPONSE_MAX)
+        )  # both stay referenced until the kernel is done with them
+        raw = array(
+            "Q",
+            (outgoing.buffer_info()[0], len(outgoing), incoming.buffer_info()[0], len(incoming)),
+        )
         try:
             fcntl.ioctl(self._fd, NSM_IOCTL_RAW, raw, True)
         except OSError as error:

@@ -1,9 +1,10 @@
 """Attestation documents of the Nitro Secure Module: parse one, and verify it offline.
 
-A document is a COSE_Sign1 (RFC 9052, section 4.2) that an NSM signed with ES384; its payload is a CBOR map with the
-PCRs, three optional fields of the caller, and the certificates from a pinned root down to the signing key. The format
-and the steps of the verification are those of docs/attestation_process.md in aws-nitro-enclaves-nsm-api. Two types
-keep what was merely parsed apart from what was proved: `AttestationDocument` and `VerifiedDocument`.
+A document is a COSE_Sign1 (RFC 9052, section 4.2) that an NSM signed with ES384; its payload is a
+CBOR map with the PCRs, three optional fields of the caller, and the certificates from a pinned root
+down to the signing key. The format and the steps of the verification are those of
+docs/attestation_process.md in aws-nitro-enclaves-nsm-api. Two types keep what was merely parsed
+apart from what was proved: `AttestationDocument` and `VerifiedDocument`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
 # AWS_NitroEnclaves_Root-G1, SHA-256 of its DER; the root of the commercial partitions
-AWS_ROOT_G1_SHA256: Final = bytes.fromhex("641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3c68f79bb5b")
+AWS_ROOT_G1_SHA256: Final = bytes.fromhex(
+    "641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3c68f79bb5b"
+)
 
 PCR_SIZE: Final = 48  # SHA-384, the only digest of the format
 PAYLOAD_MAX: Final = 16384  # section 3.2.1
@@ -39,7 +42,9 @@ FIELD_MAX: Final = 1024
 PCRS_MAX: Final = 32
 
 _TAG_COSE_SIGN1: Final = b"\xd2"  # tag 18; allowed by the specification, never sent by an NSM
-_ENVELOPE_MAX: Final = PAYLOAD_MAX + 256  # tag, array and headers, the signature and the lengths around them
+_ENVELOPE_MAX: Final = (
+    PAYLOAD_MAX + 256
+)  # tag, array and headers, the signature and the lengths around them
 _PROTECTED_ES384: Final = bytes.fromhex("a1013822")  # {1: -35}, RFC 9053 table 1
 _SIGNATURE_SIZE: Final = 96  # r || s, each as long as the order of P-384 (RFC 9053, section 2.1)
 _TIMESTAMP_MAX: Final = 253_402_300_799_999  # the end of the year 9999, in milliseconds
@@ -73,9 +78,9 @@ class DocumentError(Exception):
 class AttestationDocument:
     """What a document says, parsed and **not verified**.
 
-    `timestamp` is in milliseconds since the epoch, `pcrs` holds the locked PCRs as {index: 48 bytes}, `certificate` is
-    the signer's in DER and `cabundle` its issuers', root first. `protected`, `payload` and `signature` are the signed
-    parts exactly as received.
+    `timestamp` is in milliseconds since the epoch, `pcrs` holds the locked PCRs as {index: 48
+    bytes}, `certificate` is the signer's in DER and `cabundle` its issuers', root first.
+    `protected`, `payload` and `signature` are the signed parts exactly as received.
     """
 
     module_id: str
@@ -100,13 +105,17 @@ class AttestationDocument:
         protected, payload, signature = _cose_sign1(data)
         fields = _decode(payload, "payload")
         if type(fields) is not dict or not all(type(name) is str for name in fields):
-            raise DocumentError("format", f"payload is {_kind(fields)}, expected a map with text keys")
+            raise DocumentError(
+                "format", f"payload is {_kind(fields)}, expected a map with text keys"
+            )
         return cls(
             module_id=_module_id(fields),
             digest=_digest(fields),
             timestamp=_timestamp(fields),
             pcrs=_pcrs(fields),
-            certificate=_sized("certificate", _get(fields, "certificate", bytes), 1, CERTIFICATE_MAX),
+            certificate=_sized(
+                "certificate", _get(fields, "certificate", bytes), 1, CERTIFICATE_MAX
+            ),
             cabundle=_cabundle(fields),
             public_key=_optional(fields, "public_key", 1, PUBLIC_KEY_MAX),
             user_data=_optional(fields, "user_data", 0, FIELD_MAX),
@@ -118,7 +127,9 @@ class AttestationDocument:
 
     @property
     def debug_mode(self) -> bool:
-        """Whether the enclave runs in debug mode, which zeroes PCR0; a document without PCR0 counts as such."""
+        """Whether the enclave runs in debug mode, which zeroes PCR0; a document without PCR0 counts
+        as such.
+        """
         return not any(self.pcrs.get(0, b""))
 
     @property
@@ -144,7 +155,9 @@ class Expectations:
 
 
 class ChainEntry(NamedTuple):
-    """One certificate of a verified chain: its subject (RFC 4514) and validity, both ends inclusive."""
+    """One certificate of a verified chain: its subject (RFC 4514) and validity, both ends
+    inclusive.
+    """
 
     subject: str
     not_before: datetime
@@ -158,8 +171,8 @@ _SEAL: Final = object()
 class VerifiedDocument:
     """A document that `verify` accepted; nothing else makes one.
 
-    `root_sha256` is the pinned root it leads to, `at` the time it was verified for, `certificates` the chain, root
-    first and leaf last, `checks` the names of the checks it passed, in order.
+    `root_sha256` is the pinned root it leads to, `at` the time it was verified for, `certificates`
+    the chain, root first and leaf last, `checks` the names of the checks it passed, in order.
     """
 
     document: AttestationDocument
@@ -178,7 +191,9 @@ class VerifiedDocument:
     def chain(self) -> tuple[ChainEntry, ...]:
         """The certificates as a report shows them: root first, leaf last."""
         return tuple(
-            ChainEntry(link.subject.rfc4514_string(), link.not_valid_before_utc, link.not_valid_after_utc)
+            ChainEntry(
+                link.subject.rfc4514_string(), link.not_valid_before_utc, link.not_valid_after_utc
+            )
             for link in self.certificates
         )
 
@@ -193,10 +208,11 @@ def verify(
 ) -> VerifiedDocument:
     """Verify that a genuine NSM signed the document, and that it says what is expected.
 
-    `roots` are SHA-256 fingerprints of the roots to trust, `at` is the time that the certificates must be valid at
-    (now, unless told), `now` the time that `expect.max_age` counts from. Both must be aware. The checks run in the
-    order of `CHECKS`, cheap ones before signatures and one signature before four; DocumentError names the first that
-    fails. Revocation is not checked, as the specification of the format says.
+    `roots` are SHA-256 fingerprints of the roots to trust, `at` is the time that the certificates
+    must be valid at (now, unless told), `now` the time that `expect.max_age` counts from. Both must
+    be aware. The checks run in the order of `CHECKS`, cheap ones before signatures and one
+    signature before four; DocumentError names the first that fails. Revocation is not checked, as
+    the specification of the format says.
     """
     now = now or datetime.now(UTC)
     at = at or now
@@ -226,17 +242,29 @@ def verify(
 
 
 def _cose_sign1(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """The protected header, payload and signature of COSE_Sign1 = [protected, unprotected, payload, signature]."""
+    """The protected header, payload and signature of COSE_Sign1 = [protected, unprotected, payload,
+    signature].
+    """
     if len(data) > _ENVELOPE_MAX:
-        raise DocumentError("format", f"document has {len(data)} bytes, expected at most {_ENVELOPE_MAX}")
+        raise DocumentError(
+            "format", f"document has {len(data)} bytes, expected at most {_ENVELOPE_MAX}"
+        )
     item = _decode(data.removeprefix(_TAG_COSE_SIGN1), "document")
     if type(item) is not list or len(item) != 4:
-        raise DocumentError("format", f"document is {_kind(item)}, expected the four elements of a COSE_Sign1")
+        raise DocumentError(
+            "format", f"document is {_kind(item)}, expected the four elements of a COSE_Sign1"
+        )
     protected, unprotected, payload, signature = item
     if type(unprotected) is not dict or unprotected:
         # the NSM sends an empty map, and nothing in it would be signed
-        raise DocumentError("format", f"unprotected header is {_kind(unprotected)}, expected an empty map")
-    for name, part in (("protected header", protected), ("payload", payload), ("signature", signature)):
+        raise DocumentError(
+            "format", f"unprotected header is {_kind(unprotected)}, expected an empty map"
+        )
+    for name, part in (
+        ("protected header", protected),
+        ("payload", payload),
+        ("signature", signature),
+    ):
         if type(part) is not bytes:
             raise DocumentError("format", f"{name} is {_kind(part)}, expected a byte string")
     _sized("payload", payload, 1, PAYLOAD_MAX)
@@ -292,7 +320,9 @@ def _digest(fields: Mapping[str, object]) -> str:
 def _timestamp(fields: Mapping[str, object]) -> int:
     timestamp = _get(fields, "timestamp", int)
     if not 0 < timestamp <= _TIMESTAMP_MAX:
-        raise DocumentError("format", f"timestamp is {timestamp}, expected milliseconds from 1 to {_TIMESTAMP_MAX}")
+        raise DocumentError(
+            "format", f"timestamp is {timestamp}, expected milliseconds from 1 to {_TIMESTAMP_MAX}"
+        )
     return timestamp
 
 
@@ -304,7 +334,9 @@ def _pcrs(fields: Mapping[str, object]) -> Mapping[int, bytes]:
     checked: dict[int, bytes] = {}
     for index, value in pcrs.items():
         if type(index) is not int or not 0 <= index < PCRS_MAX:
-            raise DocumentError("format", f"pcrs has the index {str(index)[:16]}, expected 0 to {PCRS_MAX - 1}")
+            raise DocumentError(
+                "format", f"pcrs has the index {str(index)[:16]}, expected 0 to {PCRS_MAX - 1}"
+            )
         if type(value) is not bytes:
             raise DocumentError("format", f"pcr {index} is {_kind(value)}, expected a byte string")
         checked[index] = _sized(f"pcr {index}", value, PCR_SIZE, PCR_SIZE)
@@ -318,7 +350,9 @@ def _cabundle(fields: Mapping[str, object]) -> tuple[bytes, ...]:
     checked = []
     for index, certificate in enumerate(cabundle):
         if type(certificate) is not bytes:
-            raise DocumentError("format", f"cabundle entry {index} is {_kind(certificate)}, expected a byte string")
+            raise DocumentError(
+                "format", f"cabundle entry {index} is {_kind(certificate)}, expected a byte string"
+            )
         checked.append(_sized(f"cabundle entry {index}", certificate, 1, CERTIFICATE_MAX))
     return tuple(checked)
 
@@ -359,7 +393,9 @@ def _check_root(document: AttestationDocument, roots: Collection[bytes]) -> byte
     root = hashlib.sha256(document.cabundle[0]).digest()
     if root not in roots:
         trusted = ", ".join(pin.hex() for pin in roots) or "none"
-        raise DocumentError("root", f"root certificate has SHA-256 {root.hex()}, trusted: {trusted}")
+        raise DocumentError(
+            "root", f"root certificate has SHA-256 {root.hex()}, trusted: {trusted}"
+        )
     return root
 
 
@@ -368,7 +404,8 @@ def _check_algorithm(document: AttestationDocument) -> None:
     if document.protected != _PROTECTED_ES384:
         raise DocumentError(
             "algorithm",
-            f"protected header is {document.protected[:16].hex()}, expected {_PROTECTED_ES384.hex()} (ES384)",
+            f"protected header is {document.protected[:16].hex()}, expected "
+            f"{_PROTECTED_ES384.hex()} (ES384)",
         )
 
 
@@ -377,7 +414,9 @@ def _load_chain(document: AttestationDocument) -> list[_Link]:
     names = [_issuer_name(index) for index in range(len(document.cabundle))]
     return [
         _load(name, der)
-        for name, der in zip([*names, "leaf certificate"], [*document.cabundle, document.certificate], strict=True)
+        for name, der in zip(
+            [*names, "leaf certificate"], [*document.cabundle, document.certificate], strict=True
+        )
     ]
 
 
@@ -397,7 +436,10 @@ def _load(name: str, der: bytes) -> _Link:
         kind = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else type(key).__name__
         raise DocumentError("key_type", f"{name} holds a key on {kind}, expected secp384r1")
     if algorithm != x509.SignatureAlgorithmOID.ECDSA_WITH_SHA384:
-        raise DocumentError("key_type", f"{name} is signed with {algorithm.dotted_string}, expected ecdsa-with-SHA384")
+        raise DocumentError(
+            "key_type",
+            f"{name} is signed with {algorithm.dotted_string}, expected ecdsa-with-SHA384",
+        )
     return _Link(name, certificate, key, *validity)
 
 
@@ -419,7 +461,10 @@ def _check_certificates(chain: list[_Link], at: datetime) -> None:
 
 
 def _check_names(chain: list[_Link]) -> None:
-    """Each certificate's issuer must be the subject before it. Names cost as much as keys to read: not sooner."""
+    """Each certificate's issuer must be the subject before it.
+
+    Names cost as much as keys to read: not sooner.
+    """
     try:
         subjects = [link.certificate.subject for link in chain]
         issuers = [link.certificate.issuer for link in chain]
@@ -442,11 +487,15 @@ def _constraints(link: _Link) -> tuple[x509.BasicConstraints, x509.KeyUsage]:
     except x509.ExtensionNotFound as error:
         raise DocumentError("extensions", f"{link.name} lacks {error.oid._name}") from error
     except _UNREADABLE as error:
-        raise DocumentError("extensions", f"{link.name} has unreadable extensions: {error}") from error
+        raise DocumentError(
+            "extensions", f"{link.name} has unreadable extensions: {error}"
+        ) from error
     for extension in extensions:
         if extension.critical and extension.oid not in _UNDERSTOOD:
             raise DocumentError(
-                "extensions", f"{link.name} has the critical extension {extension.oid.dotted_string}, not understood"
+                "extensions",
+                f"{link.name} has the critical extension {extension.oid.dotted_string}, not "
+                "understood",
             )
     return constraints, usage
 
@@ -456,7 +505,9 @@ def _check_leaf(link: _Link) -> None:
     if constraints.ca:
         raise DocumentError("basic_constraints", f"{link.name} is a CA's, expected an end entity's")
     if not usage.digital_signature:
-        raise DocumentError("key_usage", f"{link.name} may not sign data, expected the key usage digitalSignature")
+        raise DocumentError(
+            "key_usage", f"{link.name} may not sign data, expected the key usage digitalSignature"
+        )
 
 
 def _check_ca(link: _Link, below: int) -> None:
@@ -466,22 +517,33 @@ def _check_ca(link: _Link, below: int) -> None:
         raise DocumentError("basic_constraints", f"{link.name} is an end entity's, expected a CA's")
     if constraints.path_length is not None and constraints.path_length < below:
         raise DocumentError(
-            "path_length", f"{link.name} allows {constraints.path_length} issuers below it, but {below} follow"
+            "path_length",
+            f"{link.name} allows {constraints.path_length} issuers below it, but {below} follow",
         )
     if not usage.key_cert_sign:
-        raise DocumentError("key_usage", f"{link.name} may not sign certificates, expected the key usage keyCertSign")
+        raise DocumentError(
+            "key_usage",
+            f"{link.name} may not sign certificates, expected the key usage keyCertSign",
+        )
 
 
 def _check_signature(document: AttestationDocument, leaf: _Link) -> None:
-    """The document's own signature: one check refuses every change to the payload, certificates included."""
+    """The document's own signature: one check refuses every change to the payload, certificates
+    included.
+    """
     half = _SIGNATURE_SIZE // 2
-    r, s = (int.from_bytes(part, "big") for part in (document.signature[:half], document.signature[half:]))
+    r, s = (
+        int.from_bytes(part, "big")
+        for part in (document.signature[:half], document.signature[half:])
+    )
     # Sig_structure of RFC 9052, section 4.4, with no external data
     signed = cbor2.dumps(["Signature1", document.protected, b"", document.payload])
     try:
         leaf.key.verify(encode_dss_signature(r, s), signed, _ES384)
     except InvalidSignature as error:
-        raise DocumentError("signature", "document is not signed by the key in its leaf certificate") from error
+        raise DocumentError(
+            "signature", "document is not signed by the key in its leaf certificate"
+        ) from error
 
 
 def _check_chain(chain: list[_Link]) -> None:
@@ -491,14 +553,17 @@ def _check_chain(chain: list[_Link]) -> None:
             issuer.key.verify(certificate.signature, certificate.tbs_certificate_bytes, _ES384)
         except InvalidSignature as error:
             subject = issuer.certificate.subject.rfc4514_string()
-            raise DocumentError("chain", f"{link.name} is not signed by its issuer, {subject}") from error
+            raise DocumentError(
+                "chain", f"{link.name} is not signed by its issuer, {subject}"
+            ) from error
 
 
 def _check_timestamp(document: AttestationDocument, leaf: _Link) -> None:
     if not leaf.not_before <= document.signed_at <= leaf.not_after:
         raise DocumentError(
             "timestamp",
-            f"document was signed at {_utc(document.signed_at)}, but its leaf certificate is valid from "
+            f"document was signed at {_utc(document.signed_at)}, but its leaf certificate is "
+            "valid from "
             f"{_utc(leaf.not_before)} to {_utc(leaf.not_after)}",
         )
 
@@ -506,7 +571,10 @@ def _check_timestamp(document: AttestationDocument, leaf: _Link) -> None:
 def _check_expectations(document: AttestationDocument, expect: Expectations, now: datetime) -> None:
     if document.debug_mode and not expect.allow_debug:
         # before the PCRs: it explains why they differ
-        raise DocumentError("debug_mode", "enclave runs in debug mode (PCR0 is all zeros), expected one that does not")
+        raise DocumentError(
+            "debug_mode",
+            "enclave runs in debug mode (PCR0 is all zeros), expected one that does not",
+        )
     for index in sorted(expect.pcrs):
         _expect(f"PCR{index}", "pcrs", document.pcrs.get(index), expect.pcrs[index])
     for name in ("nonce", "user_data", "public_key", "module_id"):
@@ -516,7 +584,8 @@ def _check_expectations(document: AttestationDocument, expect: Expectations, now
     if expect.max_age is not None and abs(now - document.signed_at) > expect.max_age:
         raise DocumentError(
             "max_age",
-            f"document was signed at {_utc(document.signed_at)}, expected at most {expect.max_age} from {_utc(now)}",
+            f"document was signed at {_utc(document.signed_at)}, expected at most "
+            f"{expect.max_age} from {_utc(now)}",
         )
 
 
@@ -550,7 +619,16 @@ _ALWAYS: Final = (
     "chain",
     "timestamp",
 )
-CHECKS: Final = (*_ALWAYS, "debug_mode", "pcrs", "nonce", "user_data", "public_key", "module_id", "max_age")
+CHECKS: Final = (
+    *_ALWAYS,
+    "debug_mode",
+    "pcrs",
+    "nonce",
+    "user_data",
+    "public_key",
+    "module_id",
+    "max_age",
+)
 
 
 def _passed(expect: Expectations) -> tuple[str, ...]:

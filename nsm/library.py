@@ -1,8 +1,9 @@
-"""The NSM through libnsm.so: AWS's crate with the C functions of patches/nsmlib_cpython_wrappers.patch, by ctypes.
+"""The NSM through libnsm.so: AWS's crate with the C functions of
+patches/nsmlib_cpython_wrappers.patch, by ctypes.
 
-Those functions return one int32: 0 done, 1 to 8 the number of an ErrorCode, 100 done but the answer does not fit into
-the buffer, negative -errno. ctypes releases the GIL around each call. The library keeps no state, so that a transport
-may be shared by threads and inherited by forked processes.
+Those functions return one int32: 0 done, 1 to 8 the number of an ErrorCode, 100 done but the answer
+does not fit into the buffer, negative -errno. ctypes releases the GIL around each call. The library
+keeps no state, so that a transport may be shared by threads and inherited by forked processes.
 
 This module is not called libnsm, because Python would import the libnsm.so beside it in its place.
 """
@@ -32,7 +33,10 @@ _log: Final = logging.getLogger("attestor.nsm")
 _SHORT_BUFFER: Final = 100  # NSMPY_SHORT_BUFFER
 _INDEX_MAX: Final = 0xFFFF
 _INPUT: Final = (c_char_p, c_size_t)
-_OUTPUT: Final = (POINTER(c_char), POINTER(c_size_t))  # a buffer; its size on entry, the answer's size afterwards
+_OUTPUT: Final = (
+    POINTER(c_char),
+    POINTER(c_size_t),
+)  # a buffer; its size on entry, the answer's size afterwards
 _PARAMETERS: Final[dict[str, tuple[type, ...]]] = {
     "nsmpy_abi_version": (),
     "nsmpy_open": (),
@@ -73,7 +77,8 @@ class LibraryError(Exception):
 
 
 def load(path: str) -> ctypes.CDLL:
-    """The library of that path, or of that name by the loader's rules, with every function declared.
+    """The library of that path, or of that name by the loader's rules, with every function
+    declared.
 
     Raises LibraryError.
     """
@@ -82,8 +87,12 @@ def load(path: str) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
-        missing = f"{path}: " in str(error) and "No such file" in str(error)  # itself, not a library that it needs
-        raise LibraryError(path, Reason.NOT_FOUND if missing else Reason.NOT_LOADABLE, str(error)) from error
+        missing = f"{path}: " in str(error) and "No such file" in str(
+            error
+        )  # itself, not a library that it needs
+        raise LibraryError(
+            path, Reason.NOT_FOUND if missing else Reason.NOT_LOADABLE, str(error)
+        ) from error
     version = _function(library, path, "nsmpy_abi_version")()
     if version != ABI_VERSION:
         raise LibraryError(path, Reason.OTHER_ABI, f"{version}, not {ABI_VERSION}")
@@ -93,7 +102,9 @@ def load(path: str) -> ctypes.CDLL:
 
 
 def find_library(candidates: Sequence[str] | None = None) -> str | None:
-    """The first usable library: the one in this package, then the loader's; others are passed over, and logged."""
+    """The first usable library: the one in this package, then the loader's; others are passed over,
+    and logged.
+    """
     for candidate in (str(IN_PACKAGE), *BY_THE_LOADER) if candidates is None else candidates:
         try:
             load(candidate)
@@ -126,7 +137,10 @@ class Library:
         """DescribePCR."""
         locked = c_uint8()
         value = self._output(
-            "DescribePCR", self._library.nsmpy_describe_pcr, _index("DescribePCR", index), ctypes.byref(locked)
+            "DescribePCR",
+            self._library.nsmpy_describe_pcr,
+            _index("DescribePCR", index),
+            ctypes.byref(locked),
         )
         return Pcr(bool(locked.value), value)
 
@@ -143,9 +157,15 @@ class Library:
         """LockPCRs."""
         _check("LockPCRs", self._library.nsmpy_lock_pcrs(self._fd, _index("LockPCRs", count)))
 
-    def attest(self, user_data: bytes | None, nonce: bytes | None, public_key: bytes | None) -> bytes:
+    def attest(
+        self, user_data: bytes | None, nonce: bytes | None, public_key: bytes | None
+    ) -> bytes:
         """Attestation."""
-        inputs = [part for field in (user_data, nonce, public_key) for part in _input("Attestation", field)]
+        inputs = [
+            part
+            for field in (user_data, nonce, public_key)
+            for part in _input("Attestation", field)
+        ]
         return self._output("Attestation", self._library.nsmpy_attest, *inputs)
 
     def random(self) -> bytes:
@@ -154,13 +174,18 @@ class Library:
 
     def close(self) -> None:
         """Close the device."""
-        fd, self._fd = self._fd, -1  # -1 is EBADF for whoever comes late, never somebody else's descriptor
+        fd, self._fd = (
+            self._fd,
+            -1,
+        )  # -1 is EBADF for whoever comes late, never somebody else's descriptor
         _check("close", self._library.nsmpy_close(fd))
 
     def _output(self, operation: str, function: Callable[..., int], *parameters: object) -> bytes:
-        """Call a function whose last two parameters are a buffer and its length, and return what it wrote.
+        """Call a function whose last two parameters are a buffer and its length, and return what it
+        wrote.
 
-        No answer of the NSM is longer than this buffer; should one be, the operation has happened all the same.
+        No answer of the NSM is longer than this buffer; should one be, the operation has happened
+        all the same.
         """
         buffer = ctypes.create_string_buffer(RESPONSE_MAX)
         length = c_size_t(RESPONSE_MAX)
@@ -225,7 +250,9 @@ def _description(answer: bytes) -> Description:
 
 
 def _examine(path: str) -> None:
-    """Tell what the dynamic linker's messages do not: it calls a library for another architecture not found."""
+    """Tell what the dynamic linker's messages do not: it calls a library for another architecture
+    not found.
+    """
     try:
         with Path(path).open("rb") as file:
             header = file.read(_ELF_HEADER)
@@ -239,11 +266,18 @@ def _examine(path: str) -> None:
         with Path("/proc/self/exe").open("rb") as file:
             ours = file.read(_ELF_HEADER)
         if _architecture(header) != _architecture(ours):
-            raise LibraryError(path, Reason.OTHER_ARCHITECTURE, f"{_architecture(header)}, not {_architecture(ours)}")
+            raise LibraryError(
+                path,
+                Reason.OTHER_ARCHITECTURE,
+                f"{_architecture(header)}, not {_architecture(ours)}",
+            )
 
 
 def _architecture(header: bytes) -> str:
     """EI_CLASS, EI_DATA and e_machine of an ELF header (elf(5)), in words."""
     order: Literal["little", "big"] = "big" if header[5] == 2 else "little"
     machine = int.from_bytes(header[18:20], order)
-    return f"{64 if header[4] == 2 else 32}-bit {order}-endian {_MACHINES.get(machine, f'machine {machine}')}"
+    return (
+        f"{64 if header[4] == 2 else 32}-bit {order}-endian "
+        f"{_MACHINES.get(machine, f'machine {machine}')}"
+    )

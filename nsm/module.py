@@ -8,7 +8,9 @@ import os
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-REQUEST_MAX: Final = 0x1000  # NSM_REQUEST_MAX_SIZE of linux/nsm.h: user data, nonce and public key together
+REQUEST_MAX: Final = (
+    0x1000  # NSM_REQUEST_MAX_SIZE of linux/nsm.h: user data, nonce and public key together
+)
 RESPONSE_MAX: Final = 0x3000  # NSM_RESPONSE_MAX_SIZE: bounds an attestation document to some 12 KiB
 
 
@@ -29,12 +31,18 @@ class ErrorCode(enum.IntEnum):
 class NsmError(Exception):
     """The NSM could not be reached, or refused.
 
-    `operation` is the NSM's name of the request ("Attestation", "LockPCR", ...) or "open". Exactly one of `code`
-    (the NSM, or the library in front of it, refused) and `errno` (the kernel did) is set.
+    `operation` is the NSM's name of the request ("Attestation", "LockPCR", ...) or "open". Exactly
+    one of `code` (the NSM, or the library in front of it, refused) and `errno` (the kernel did) is
+    set.
     """
 
     def __init__(
-        self, operation: str, *, code: ErrorCode | None = None, errno: int | None = None, detail: str = ""
+        self,
+        operation: str,
+        *,
+        code: ErrorCode | None = None,
+        errno: int | None = None,
+        detail: str = "",
     ) -> None:
         self.operation = operation
         self.code = code
@@ -43,13 +51,17 @@ class NsmError(Exception):
             reason = code.name
         else:
             number = errno or 0
-            reason = f"{errno_names.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
+            reason = (
+                f"{errno_names.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
+            )
         super().__init__(f"{operation}: {reason}" + (f": {detail}" if detail else ""))
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Answer of DescribeNSM: `digest` is "SHA256", "SHA384" or "SHA512", `locked_pcrs` are indices in rising order."""
+    """Answer of DescribeNSM: `digest` is "SHA256", "SHA384" or "SHA512", `locked_pcrs` are indices
+    in rising order.
+    """
 
     version: tuple[int, int, int]
     module_id: str
@@ -69,8 +81,8 @@ class Pcr:
 class Transport(Protocol):
     """The operations of the NSM, the same over the patched library and over the bare device.
 
-    Every method raises NsmError and nothing else. Indices are 0..65535 and lengths at most REQUEST_MAX: `nsm.Nsm`
-    has checked them.
+    Every method raises NsmError and nothing else. Indices are 0..65535 and lengths at most
+    REQUEST_MAX: `nsm.Nsm` has checked them.
     """
 
     name: str
@@ -96,7 +108,9 @@ class Transport(Protocol):
         """LockPCRs: the PCRs 0 to count - 1."""
         ...
 
-    def attest(self, user_data: bytes | None, nonce: bytes | None, public_key: bytes | None) -> bytes:
+    def attest(
+        self, user_data: bytes | None, nonce: bytes | None, public_key: bytes | None
+    ) -> bytes:
         """Attestation: a COSE_Sign1 document; None leaves a field out, b"" does not."""
         ...
 

@@ -1,10 +1,11 @@
 """KMS key policies that ask for an attested enclave: evaluate, check and write them.
 
-A key policy is an IAM policy document attached to a key. KMS compares the PCRs of the attestation document in a
-request's `Recipient` with the condition keys kms:RecipientAttestation:PCR<n> and :ImageSha384, and only if a policy
-names them. What is evaluated here is the key policy alone; `NOT_EVALUATED` names what else decides in AWS.
-Sources: "IAM JSON policy elements reference" and "Policy evaluation logic" of the IAM User Guide, "Condition keys for
-AWS KMS" of the KMS Developer Guide.
+A key policy is an IAM policy document attached to a key. KMS compares the PCRs of the attestation
+document in a request's `Recipient` with the condition keys kms:RecipientAttestation:PCR<n> and
+:ImageSha384, and only if a policy names them. What is evaluated here is the key policy alone;
+`NOT_EVALUATED` names what else decides in AWS. Sources: "IAM JSON policy elements reference" and
+"Policy evaluation logic" of the IAM User Guide, "Condition keys for AWS KMS" of the KMS Developer
+Guide.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Decision(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One condition key under one operator: `values` are alternatives, all conditions of a statement must hold."""
+    """One condition key under one operator: `values` are alternatives, all conditions of a
+    statement must hold.
+    """
 
     operator: str
     key: str
@@ -99,7 +102,10 @@ class Policy:
             statements = [statements]
         if not isinstance(statements, list) or not statements:
             raise PolicyError("policy has no Statement")
-        return cls(tuple(_statement(number, item) for number, item in enumerate(statements, start=1)), version)
+        return cls(
+            tuple(_statement(number, item) for number, item in enumerate(statements, start=1)),
+            version,
+        )
 
 
 def _json(text: str | bytes) -> object:
@@ -129,13 +135,23 @@ def _members(what: str, item: object, allowed: set[str]) -> dict[str, Any]:
         raise PolicyError(f"{what} is not a JSON object")
     for name in item:
         if name not in allowed:
-            raise PolicyError(f"{what} has the element {_brief(name)}, expected {', '.join(sorted(allowed))}")
+            raise PolicyError(
+                f"{what} has the element {_brief(name)}, expected {', '.join(sorted(allowed))}"
+            )
     return item
 
 
 _ELEMENTS: Final = {
-    "Sid", "Effect", "Principal", "NotPrincipal", "Action", "NotAction", "Resource", "NotResource", "Condition",
-}  # fmt: skip
+    "Sid",
+    "Effect",
+    "Principal",
+    "NotPrincipal",
+    "Action",
+    "NotAction",
+    "Resource",
+    "NotResource",
+    "Condition",
+}
 
 
 def _statement(number: int, item: object) -> Statement:
@@ -166,7 +182,9 @@ def _statement(number: int, item: object) -> Statement:
 def _either(what: str, members: Mapping[str, object], name: str) -> tuple[object, bool]:
     """The element or its negation, and which of them it is: exactly one must be there."""
     if (name in members) == (f"Not{name}" in members):
-        raise PolicyError(f"{what} has {'both' if name in members else 'neither'} {name} and Not{name}")
+        raise PolicyError(
+            f"{what} has {'both' if name in members else 'neither'} {name} and Not{name}"
+        )
     negated = name not in members
     return members[f"Not{name}" if negated else name], negated
 
@@ -193,7 +211,11 @@ def _principals(what: str, item: object) -> tuple[tuple[str, str], ...]:
     if item == "*":
         return (("*", "*"),)
     kinds = _members(f"{what}: Principal", item, {"AWS", "Service", "Federated", "CanonicalUser"})
-    found = [(kind, name) for kind, names in kinds.items() for name in _strings(f"{what}: Principal", names)]
+    found = [
+        (kind, name)
+        for kind, names in kinds.items()
+        for name in _strings(f"{what}: Principal", names)
+    ]
     if not found:
         raise PolicyError(f"{what}: Principal is empty")
     return tuple(("*", "*") if pair == ("AWS", "*") else pair for pair in found)
@@ -220,9 +242,10 @@ def _brief(value: object) -> str:
 class Request:
     """A call to KMS, as far as a key policy can see it.
 
-    `principal` is the ARN of a user, role, assumed-role session or account root; `resource` that of the key. `pcrs` are
-    those of the attestation document, None where the call brings none; `context` is the encryption context; `keys` are
-    further condition keys and their values, as {"kms:KeySpec": "SYMMETRIC_DEFAULT"}.
+    `principal` is the ARN of a user, role, assumed-role session or account root; `resource` that of
+    the key. `pcrs` are those of the attestation document, None where the call brings none;
+    `context` is the encryption context; `keys` are further condition keys and their values, as
+    {"kms:KeySpec": "SYMMETRIC_DEFAULT"}.
     """
 
     principal: str
@@ -237,7 +260,8 @@ class Request:
 class ConditionFinding:
     """How one condition fared.
 
-    `actual` are the request's values, empty where it lacks the key; `held` is None when unknown, and `note` says why.
+    `actual` are the request's values, empty where it lacks the key; `held` is None when unknown,
+    and `note` says why.
     """
 
     condition: Condition
@@ -248,9 +272,11 @@ class ConditionFinding:
 
 @dataclass(frozen=True, slots=True)
 class StatementFinding:
-    """How one statement fared: `applies` is None when that cannot be told; `reasons` say why it does not apply.
+    """How one statement fared: `applies` is None when that cannot be told; `reasons` say why it
+    does not apply.
 
-    `delegates` marks a statement for the caller's account, which leaves the decision to identity policies.
+    `delegates` marks a statement for the caller's account, which leaves the decision to identity
+    policies.
     """
 
     statement: Statement
@@ -264,7 +290,8 @@ class StatementFinding:
 class Evaluation:
     """The decision, every statement's part in it, and why it cannot be told when it cannot.
 
-    `delegated` marks a decision that is left to identity policies alone: whoever knows those can complete it.
+    `delegated` marks a decision that is left to identity policies alone: whoever knows those can
+    complete it.
     """
 
     decision: Decision
@@ -295,23 +322,38 @@ def evaluate(policy: Policy, request: Request) -> Evaluation:
         return Evaluation(Decision.DENIED, "no statement allows", findings)
     questions = tuple(_questions(denials, allows))
     if allow and foreign:
-        questions += (f"{allow.statement.label} allows, if an identity policy of account {caller.account} does too",)
+        questions += (
+            (
+                f"{allow.statement.label} allows, if an identity policy "
+                f"of account {caller.account} does too"
+            ),
+        )
     delegated = all(found.applies is not None for found in findings)
     return Evaluation(Decision.UNDETERMINED, questions[0], findings, questions, delegated)
 
 
-def _questions(denials: Iterable[StatementFinding], allows: Iterable[StatementFinding]) -> Iterable[str]:
+def _questions(
+    denials: Iterable[StatementFinding], allows: Iterable[StatementFinding]
+) -> Iterable[str]:
     for found in (*denials, *allows):
         if found.applies is None:
-            yield f"{found.statement.label} may {found.statement.effect.lower()}: {'; '.join(found.reasons)}"
+            yield (
+                f"{found.statement.label} may {found.statement.effect.lower()}: "
+                f"{'; '.join(found.reasons)}"
+            )
         elif found.applies and found.delegates:
-            yield f"{found.statement.label} leaves the decision to the identity policies of the account"
+            yield (
+                f"{found.statement.label} leaves the decision to the identity policies of the "
+                "account"
+            )
 
 
 def _judge(
     statement: Statement, request: Request, caller: _Caller, values: Mapping[str, tuple[str, ...]]
 ) -> StatementFinding:
-    """Whether a statement applies: principal, action, resource and every condition, in three-valued logic."""
+    """Whether a statement applies: principal, action, resource and every condition, in three-valued
+    logic.
+    """
     principal, delegates = _principal_applies(statement, caller)
     action = _any_like(statement.actions, request.action, fold=True) != statement.not_action
     resource = _any_like(statement.resources, request.resource) != statement.not_resource
@@ -343,14 +385,21 @@ def _condition_reason(found: ConditionFinding) -> str:
     if found.held is None:
         return f"{condition.operator} {condition.key} cannot be told: {found.note}"
     actual = " or ".join(found.actual) or "absent"
-    return f"{condition.operator} {condition.key} does not hold: {actual}, policy: {' or '.join(condition.values)}"
+    return (
+        f"{condition.operator} {condition.key} does not hold: {actual}, policy: "
+        f"{' or '.join(condition.values)}"
+    )
 
 
 # ---- principals
 
 
 class _Caller(NamedTuple):
-    """Who asks. `iam_arn` is aws:PrincipalArn: a session has its role's, without the path, which it does not tell."""
+    """Who asks.
+
+    `iam_arn` is aws:PrincipalArn: a session has its role's, without the path, which it does not
+    tell.
+    """
 
     account: str
     root: str
@@ -382,21 +431,25 @@ def _arn(arn: str) -> list[str]:
 
 
 def _principal_applies(statement: Statement, caller: _Caller) -> tuple[bool | None, bool]:
-    """Whether the statement is about the caller, and whether only by naming the caller's account."""
+    """Whether the statement is about the caller, and whether by the caller's account alone."""
     named = [_named(kind, name, caller) for kind, name in statement.principals]
     if statement.not_principal:
         return _not_principal(named, statement, caller), False
     if True in named:
         return True, False
-    by_account = any(kind == "AWS" and name in (caller.account, caller.root) for kind, name in statement.principals)
+    by_account = any(
+        kind == "AWS" and name in (caller.account, caller.root)
+        for kind, name in statement.principals
+    )
     if by_account:
-        # a Deny for an account reaches everyone in it; an Allow only lets its identity policies allow
+        # a Deny for an account reaches everyone in it; an Allow only lets its identity policies
+        # allow
         return True, statement.effect == "Allow"
     return (None if None in named else False), False
 
 
 def _named(kind: str, name: str, caller: _Caller) -> bool | None:
-    """Whether one principal of a statement is the caller itself, rather than the caller's account."""
+    """Whether one principal of a statement is the caller itself, not the caller's account."""
     if kind == "*" or (kind == "AWS" and name == caller.arn):
         return True
     if kind == "AWS" and name == caller.account:
@@ -405,7 +458,9 @@ def _named(kind: str, name: str, caller: _Caller) -> bool | None:
 
 
 def _same_role(name: str, caller: _Caller) -> bool | None:
-    """Whether the principal is the role of the calling session; unknown where it is one session of the calling role."""
+    """Whether the principal is the role of the calling session; unknown where it is one session of
+    the calling role.
+    """
     try:
         other = _Caller.of(name)
     except PolicyError:
@@ -413,13 +468,20 @@ def _same_role(name: str, caller: _Caller) -> bool | None:
     if (other.root, other.role) != (caller.root, caller.role):
         return False
     if caller.session:
-        return not other.session  # a session's ARN lacks the role's path, but a role's name is unique in its account
+        return (
+            not other.session
+        )  # a session's ARN lacks the role's path, but a role's name is unique in its account
     return None if other.session else False
 
 
 def _not_principal(named: list[bool | None], statement: Statement, caller: _Caller) -> bool | None:
-    """NotPrincipal compares every name of the caller: account, role and session must all be listed to be exempt."""
-    account = any(kind == "AWS" and name in (caller.account, caller.root) for kind, name in statement.principals)
+    """NotPrincipal compares every name of the caller: account, role and session must all be listed
+    to be exempt.
+    """
+    account = any(
+        kind == "AWS" and name in (caller.account, caller.root)
+        for kind, name in statement.principals
+    )
     if ("*", "*") in statement.principals:
         return False
     return True if not account and not any(held is not False for held in named) else None
@@ -452,17 +514,45 @@ def _request_values(request: Request, caller: _Caller) -> dict[str, tuple[str, .
     return values
 
 
-# "Condition keys for AWS KMS" and the service authorization reference, without those of attestation and context
+# "Condition keys for AWS KMS" and the service authorization reference, without those of attestation
+# and context
 _KMS_KEYS: Final = (
-    "BypassPolicyLockoutSafetyCheck", "CallerAccount", "CustomerMasterKeySpec", "CustomerMasterKeyUsage",
-    "DataKeyPairSpec", "EncryptionAlgorithm", "EncryptionContextKeys", "ExpirationModel", "GrantConstraintType",
-    "GrantIsForAWSResource", "GrantOperations", "GranteePrincipal", "KeyAgreementAlgorithm", "KeyOrigin", "KeySpec",
-    "KeyUsage", "MacAlgorithm", "MessageType", "MultiRegion", "MultiRegionKeyType", "PrimaryRegion",
-    "ReEncryptOnSameKey", "ReplicaRegion", "RequestAlias", "ResourceAliases", "RetiringPrincipal",
-    "RotationPeriodInDays", "ScheduleKeyDeletionPendingWindowInDays", "SigningAlgorithm", "ValidTo", "ViaService",
-    "WrappingAlgorithm", "WrappingKeySpec",
-)  # fmt: skip
-# Keys that a direct call may have, whatever their value: neither the policy nor the request tells it.
+    "BypassPolicyLockoutSafetyCheck",
+    "CallerAccount",
+    "CustomerMasterKeySpec",
+    "CustomerMasterKeyUsage",
+    "DataKeyPairSpec",
+    "EncryptionAlgorithm",
+    "EncryptionContextKeys",
+    "ExpirationModel",
+    "GrantConstraintType",
+    "GrantIsForAWSResource",
+    "GrantOperations",
+    "GranteePrincipal",
+    "KeyAgreementAlgorithm",
+    "KeyOrigin",
+    "KeySpec",
+    "KeyUsage",
+    "MacAlgorithm",
+    "MessageType",
+    "MultiRegion",
+    "MultiRegionKeyType",
+    "PrimaryRegion",
+    "ReEncryptOnSameKey",
+    "ReplicaRegion",
+    "RequestAlias",
+    "ResourceAliases",
+    "RetiringPrincipal",
+    "RotationPeriodInDays",
+    "ScheduleKeyDeletionPendingWindowInDays",
+    "SigningAlgorithm",
+    "ValidTo",
+    "ViaService",
+    "WrappingAlgorithm",
+    "WrappingKeySpec",
+)
+# Keys that a direct call may have, whatever their value: neither the policy nor the request tells
+# it.
 _UNTOLD: Final = frozenset(f"kms:{name}".lower() for name in _KMS_KEYS) - {
     "kms:viaservice",
     "kms:encryptioncontextkeys",
@@ -470,12 +560,19 @@ _UNTOLD: Final = frozenset(f"kms:{name}".lower() for name in _KMS_KEYS) - {
 # Global keys that only a call made by a service has.
 _BY_SERVICE: Final = frozenset(
     f"aws:{name}"
-    for name in ("calledvia", "calledviafirst", "calledvialast", "sourceaccount", "sourcearn", "sourceorgid")
+    for name in (
+        "calledvia",
+        "calledviafirst",
+        "calledvialast",
+        "sourceaccount",
+        "sourcearn",
+        "sourceorgid",
+    )
 )
 
 
 def _lookup(values: Mapping[str, tuple[str, ...]], key: str) -> tuple[str, ...] | None:
-    """The request's values of a key, none where it is absent, and None where that cannot be told."""
+    """The request's values of a key, none where it is absent, None where that is unknown."""
     key = key.lower()
     if key in values:
         return values[key]
@@ -506,7 +603,10 @@ def _compare(condition: Condition, actual: tuple[str, ...]) -> tuple[bool | None
     if not actual:
         return _absent(quantifier, negated=negated, if_exists=if_exists), "the key is absent"
     if quantifier is None and len(actual) > 1:
-        return None, "the key has several values, but the operator neither ForAllValues nor ForAnyValue"
+        return (
+            None,
+            "the key has several values, but the operator neither ForAllValues nor ForAnyValue",
+        )
     each = [_any_pattern(match, condition.values, value, negated=negated) for value in actual]
     held = _any(each) if quantifier == "foranyvalue" else _all(each)
     return held, "a value is a policy variable, or no pattern for this operator"
@@ -535,8 +635,10 @@ def _absent(quantifier: str | None, *, negated: bool, if_exists: bool) -> bool |
     return negated or if_exists or quantifier == "forallvalues"
 
 
-def _any_pattern(match: _Match, patterns: Iterable[str], value: str, *, negated: bool) -> bool | None:
-    """Whether a value matches one of the patterns, or none of them where the operator is negated."""
+def _any_pattern(
+    match: _Match, patterns: Iterable[str], value: str, *, negated: bool
+) -> bool | None:
+    """Whether a value matches one of the patterns, or none where the operator is negated."""
     found = _any(None if "${" in pattern else match(pattern, value) for pattern in patterns)
     return found if found is None else found != negated
 
@@ -550,7 +652,9 @@ def _any(parts: Iterable[bool | None]) -> bool | None:
 
 
 def _like(pattern: str, text: str) -> bool:
-    """IAM's wildcards, * and ?, in time proportional to the product of the lengths: the policy may be hostile."""
+    """IAM's wildcards, * and ?, in time proportional to the product of the lengths: the policy may
+    be hostile.
+    """
     star, retry, at, index = -1, 0, 0, 0
     while index < len(text):
         if at < len(pattern) and pattern[at] == "*":
@@ -572,7 +676,9 @@ def _any_like(patterns: Iterable[str], text: str, *, fold: bool = False) -> bool
 
 
 def _arn_like(pattern: str, arn: str) -> bool | None:
-    """Each of the six parts of an ARN is matched on its own, so that a wildcard spans no colon but in the last."""
+    """Each of the six parts of an ARN is matched on its own, so that a wildcard spans no colon but
+    in the last.
+    """
     patterns, parts = pattern.split(":", 5), arn.split(":", 5)
     if len(patterns) != 6:
         return None
@@ -597,7 +703,9 @@ _NEGATED: Final = {
 
 
 def _matcher(operator: str) -> tuple[_Match | None, bool]:
-    """How an operator, in lower case, compares a pattern with a value, and whether it is a negated one."""
+    """How an operator, in lower case, compares a pattern with a value, and whether it is a negated
+    one.
+    """
     return _OPERATORS.get(_NEGATED.get(operator, operator)), operator in _NEGATED
 
 
@@ -606,7 +714,9 @@ def _matcher(operator: str) -> tuple[_Match | None, bool]:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with a statement, or with the policy as a whole, and how to mend it; `code` names the rule."""
+    """What is wrong with a statement, or with the policy as a whole, and how to mend it; `code`
+    names the rule.
+    """
 
     statement: str
     code: str
@@ -616,15 +726,28 @@ class Finding:
 
 _Problem = tuple[str, str, str]  # code, problem and fix of a Finding
 
-RECIPIENT_ACTIONS: Final = ("kms:Decrypt", "kms:DeriveSharedSecret", "kms:GenerateDataKey", "kms:GenerateDataKeyPair")
-# What gives a plaintext of the key away, and what makes another way to it: grants carry no attestation conditions,
-# replicas have policies of their own, imported key material is known to whoever imports it.
+RECIPIENT_ACTIONS: Final = (
+    "kms:Decrypt",
+    "kms:DeriveSharedSecret",
+    "kms:GenerateDataKey",
+    "kms:GenerateDataKeyPair",
+)
+# What gives a plaintext of the key away, and what makes another way to it: grants carry no
+# attestation conditions, replicas have policies of their own, imported key material is known to
+# whoever imports it.
 _REVEALING: Final = ("kms:Decrypt", "kms:DeriveSharedSecret", "kms:ReEncryptFrom")
 _DETOURS: Final = ("kms:CreateGrant", "kms:ReplicateKey", "kms:ImportKeyMaterial")
 _OTHER_OPERATORS: Final = frozenset(
     f"{kind}{test}"
     for kind in ("numeric", "date")
-    for test in ("equals", "notequals", "lessthan", "lessthanequals", "greaterthan", "greaterthanequals")
+    for test in (
+        "equals",
+        "notequals",
+        "lessthan",
+        "lessthanequals",
+        "greaterthan",
+        "greaterthanequals",
+    )
 ) | {"binaryequals", "ipaddress", "notipaddress", "null"}
 _PCR_HEX: Final = 96  # characters of a SHA-384 value
 _ZERO_HEX: Final = "0" * _PCR_HEX
@@ -635,8 +758,15 @@ def check(policy: Policy) -> tuple[Finding, ...]:
 
     It looks at the policy alone, as if its key were meant for attested enclaves only.
     """
-    findings = [finding for statement in policy.statements for finding in _check_statement(statement, policy)]
-    if not any(found.effect == "Allow" and _covers(found, "kms:PutKeyPolicy") for found in policy.statements):
+    findings = [
+        finding
+        for statement in policy.statements
+        for finding in _check_statement(statement, policy)
+    ]
+    if not any(
+        found.effect == "Allow" and _covers(found, "kms:PutKeyPolicy")
+        for found in policy.statements
+    ):
         findings.append(
             Finding(
                 "policy",
@@ -667,9 +797,16 @@ def _covers(statement: Statement, action: str) -> bool:
 
 def _check_negations(statement: Statement) -> Iterable[_Problem]:
     if statement.not_principal:
-        yield "not_principal", "NotPrincipal reaches everyone that it does not list", "name the principals in Principal"
+        yield (
+            "not_principal",
+            "NotPrincipal reaches everyone that it does not list",
+            "name the principals in Principal",
+        )
     if statement.effect == "Allow":
-        for negated, element in ((statement.not_action, "Action"), (statement.not_resource, "Resource")):
+        for negated, element in (
+            (statement.not_action, "Action"),
+            (statement.not_resource, "Resource"),
+        ):
             if negated:
                 yield (
                     f"not_{element.lower()}",
@@ -687,16 +824,28 @@ def _check_principals(statement: Statement) -> Iterable[_Problem]:
                 "name the role that the enclave's parent instance runs with",
             )
         elif kind == "AWS" and re.search(r"[*?]", name):
-            yield "principal", f"principal {_brief(name)}: wildcards match nothing here", "name each principal in full"
+            yield (
+                "principal",
+                f"principal {_brief(name)}: wildcards match nothing here",
+                "name each principal in full",
+            )
         elif kind == "AWS" and re.fullmatch(r"A[A-Z0-9]{15,}", name):
-            yield "principal", f"principal {name} is the id of a deleted user or role", "name its successor's ARN"
+            yield (
+                "principal",
+                f"principal {name} is the id of a deleted user or role",
+                "name its successor's ARN",
+            )
 
 
 def _check_operators(statement: Statement) -> Iterable[_Problem]:
     for condition in statement.conditions:
         _, operator, _ = _split_operator(condition.operator)
         if _matcher(operator)[0] is None and operator not in _OTHER_OPERATORS:
-            yield "operator", f"{_brief(condition.operator)} is no condition operator", "use StringEqualsIgnoreCase"
+            yield (
+                "operator",
+                f"{_brief(condition.operator)} is no condition operator",
+                "use StringEqualsIgnoreCase",
+            )
         elif _attests(condition) and not operator.startswith("string") and operator != "null":
             problem = f"{condition.operator} does not compare strings, as {condition.key} is one"
             yield "operator", problem, "use StringEqualsIgnoreCase"
@@ -714,12 +863,16 @@ def _check_keys(statement: Statement) -> Iterable[_Problem]:
             yield (
                 "key",
                 f"condition key {_brief(condition.key)} does not exist: it never has a value",
-                f"did you mean {guess}?" if guess else "use a condition key of AWS KMS, or a global one",
+                f"did you mean {guess}?"
+                if guess
+                else "use a condition key of AWS KMS, or a global one",
             )
 
 
 def _exists(key: str) -> bool:
-    """Whether a request to KMS can have this key; global ones are too many, and too often new, to be listed."""
+    """Whether a request to KMS can have this key; global ones are too many, and too often new, to
+    be listed.
+    """
     key = key.lower()
     return (
         bool(_ATTESTATION_KEY.fullmatch(key))
@@ -747,12 +900,18 @@ def _attests(condition: Condition) -> bool:
 
 
 def _demands(condition: Condition) -> bool:
-    """Whether the condition fails without an attestation document, which is what an Allow must rest on."""
+    """Whether the condition fails without an attestation document, which is what an Allow must rest
+    on.
+    """
     quantifier, operator, if_exists = _split_operator(condition.operator)
     if operator == "null":
         return _attests(condition) and all(value.lower() == "false" for value in condition.values)
     match, negated = _matcher(operator)
-    return _attests(condition) and match is not None and not (negated or if_exists or quantifier == "forallvalues")
+    return (
+        _attests(condition)
+        and match is not None
+        and not (negated or if_exists or quantifier == "forallvalues")
+    )
 
 
 def _denies_without(condition: Condition) -> bool:
@@ -777,17 +936,48 @@ def _check_values(statement: Statement) -> Iterable[_Problem]:
 
 
 def _value_problem(value: str, operator: str, *, lets_in: bool) -> _Problem | None:
-    """What is wrong with a PCR's value under an operator that lets enclaves of this value in, or keeps them out."""
+    """What is wrong with a PCR's value under an operator that lets enclaves of this value in, or
+    keeps them out.
+    """
     like = operator.endswith("like")
     zero = value == _ZERO_HEX or (like and _like(value, _ZERO_HEX))
     as_printed = "use the value that nitro-cli build-enclave prints"
-    whole = "write it in hexadecimal, not in base64" if len(value) == 64 else "use the whole SHA-384 value"
+    whole = (
+        "write it in hexadecimal, not in base64"
+        if len(value) == 64
+        else "use the whole SHA-384 value"
+    )
     rules = (
-        (lets_in and zero, "zero_pcr", "all zeros let every enclave in debug mode in, whatever its image", as_printed),
-        (like and re.search(r"[*?]", value), "pcr_pattern", "a pattern can fit more than one image", whole),
-        (value.lower().startswith("0x"), "pcr_prefix", "the value starts with 0x, unlike KMS's", "drop the 0x"),
-        (len(value) != _PCR_HEX, "pcr_length", f"the value has {len(value)} characters, expected {_PCR_HEX}", whole),
-        (not re.fullmatch(r"[0-9a-fA-F]*", value), "pcr_hex", "the value is not hexadecimal", as_printed),
+        (
+            lets_in and zero,
+            "zero_pcr",
+            "all zeros let every enclave in debug mode in, whatever its image",
+            as_printed,
+        ),
+        (
+            like and re.search(r"[*?]", value),
+            "pcr_pattern",
+            "a pattern can fit more than one image",
+            whole,
+        ),
+        (
+            value.lower().startswith("0x"),
+            "pcr_prefix",
+            "the value starts with 0x, unlike KMS's",
+            "drop the 0x",
+        ),
+        (
+            len(value) != _PCR_HEX,
+            "pcr_length",
+            f"the value has {len(value)} characters, expected {_PCR_HEX}",
+            whole,
+        ),
+        (
+            not re.fullmatch(r"[0-9a-fA-F]*", value),
+            "pcr_hex",
+            "the value is not hexadecimal",
+            as_printed,
+        ),
         (
             value != value.lower() and "ignorecase" not in operator,
             "pcr_case",
@@ -801,14 +991,19 @@ def _value_problem(value: str, operator: str, *, lets_in: bool) -> _Problem | No
 def _check_deny(statement: Statement) -> Iterable[_Problem]:
     """A Deny that is meant to keep out who brings no fitting document."""
     attesting = [condition for condition in statement.conditions if _attests(condition)]
-    negated = [condition for condition in attesting if _split_operator(condition.operator)[1] in _NEGATED]
+    negated = [
+        condition for condition in attesting if _split_operator(condition.operator)[1] in _NEGATED
+    ]
     if len({condition.key.lower() for condition in negated}) > 1:
         keys = ", ".join(condition.key for condition in negated)
         problem = f"denies only where all of {keys} differ: one right value is enough to pass"
         yield "deny_and", problem, "write one Deny statement per condition key"
     for condition in negated:
         if not _denies_without(condition):
-            problem = f"{condition.operator} {condition.key} denies nothing without an attestation document"
+            problem = (
+                f"{condition.operator} {condition.key} denies nothing without an "
+                "attestation document"
+            )
             yield "deny_hollow", problem, f"use {condition.operator.partition(':')[2]}"
     if any(_denies_without(condition) for condition in attesting):
         for action in ("kms:Encrypt", "kms:PutKeyPolicy"):
@@ -820,10 +1015,15 @@ def _check_deny(statement: Statement) -> Iterable[_Problem]:
 def _check_allow(statement: Statement, policy: Policy) -> Iterable[_Problem]:
     if any(_demands(condition) for condition in statement.conditions):
         yield from _check_attested(statement)
-    elif _is_for_account(statement) and {"*", "kms:*"} & {action.lower() for action in statement.actions}:
+    elif _is_for_account(statement) and {"*", "kms:*"} & {
+        action.lower() for action in statement.actions
+    }:
         yield (
             "root_everything",
-            "the account's root may do everything, so any identity policy of the account can allow kms:Decrypt",
+            (
+                "the account's root may do everything, so any identity policy of the account can "
+                "allow kms:Decrypt"
+            ),
             "name an administrator instead, with the administrative actions only",
         )
     else:
@@ -831,21 +1031,33 @@ def _check_allow(statement: Statement, policy: Policy) -> Iterable[_Problem]:
 
 
 def _is_for_account(statement: Statement) -> bool:
-    return any(kind == "AWS" and re.fullmatch(r"\d{12}|arn:.*:root", name) for kind, name in statement.principals)
+    return any(
+        kind == "AWS" and re.fullmatch(r"\d{12}|arn:.*:root", name)
+        for kind, name in statement.principals
+    )
 
 
 def _check_attested(statement: Statement) -> Iterable[_Problem]:
     """An Allow that does rest on an attestation document."""
     if any(condition.key.lower() == "kms:viaservice" for condition in statement.conditions):
-        problem = "asks for kms:ViaService and attestation, but AWS services send no attestation document"
+        problem = (
+            "asks for kms:ViaService and attestation, but AWS services send no attestation document"
+        )
         yield "via_service", problem, "drop one of the two"
-    for action in dict.fromkeys(("kms:Encrypt", *(() if statement.not_action else statement.actions))):
-        takes = any(_like(action.lower(), known.lower()) for known in (*RECIPIENT_ACTIONS, "kms:GenerateRandom"))
+    for action in dict.fromkeys(
+        ("kms:Encrypt", *(() if statement.not_action else statement.actions))
+    ):
+        takes = any(
+            _like(action.lower(), known.lower())
+            for known in (*RECIPIENT_ACTIONS, "kms:GenerateRandom")
+        )
         if _covers(statement, action) and not takes:
             problem = f"{action} takes no attestation document, so it is never allowed here"
             yield "never_attested", problem, "allow it in a statement of its own, or drop it"
     demanding = [condition for condition in statement.conditions if _demands(condition)]
-    problem = _identity_problem(_pcr_index(found.key) for found in demanding if found.operator.lower() != "null")
+    problem = _identity_problem(
+        _pcr_index(found.key) for found in demanding if found.operator.lower() != "null"
+    )
     if problem:
         yield "any_image", problem, "add PCR0, PCR8, or PCR1 together with PCR2"
 
@@ -876,17 +1088,22 @@ def _pcr_key(index: int) -> str:
 
 
 def _check_unattested(statement: Statement, policy: Policy) -> Iterable[_Problem]:
-    """An Allow that holds without an attestation document: what it opens, unless a Deny closes it again."""
+    """An Allow that holds without an attestation document: what it opens, unless a Deny closes it
+    again.
+    """
     opened = [
         action
         for action in dict.fromkeys((*_REVEALING, *_DETOURS, *RECIPIENT_ACTIONS))
-        if _covers(statement, action) and not any(_guards(deny, action) for deny in policy.statements)
+        if _covers(statement, action)
+        and not any(_guards(deny, action) for deny in policy.statements)
     ]
     revealing = [action for action in opened if action in _REVEALING]
     detours = [action for action in opened if action in _DETOURS]
     vacuous = [condition for condition in statement.conditions if _attests(condition)]
     if opened and vacuous:
-        problem = f"{vacuous[0].operator} {vacuous[0].key} holds without an attestation document, too"
+        problem = (
+            f"{vacuous[0].operator} {vacuous[0].key} holds without an attestation document, too"
+        )
         yield "vacuous", problem, "use StringEqualsIgnoreCase"
     elif revealing:
         problem = f"allows {', '.join(revealing)} without an attestation document"
@@ -927,7 +1144,9 @@ def pcr_of_instance(instance_id: str) -> bytes:
 
 
 def pcr_of_certificate(der: bytes) -> bytes:
-    """PCR8: the certificate that signed the image, in DER; a renewed one over the same key gives another value."""
+    """PCR8: the certificate that signed the image, in DER; a renewed one over the same key gives
+    another value.
+    """
     return _extend(hashlib.sha384(der).digest())
 
 
@@ -937,9 +1156,11 @@ def _extend(data: bytes) -> bytes:
 
 
 def measurements(text: str | bytes) -> dict[int, bytes]:
-    """The PCRs in the JSON that `nitro-cli build-enclave` or `describe-enclaves` prints, for one enclave.
+    """The PCRs in the JSON that `nitro-cli build-enclave` or `describe-enclaves` prints, for one
+    enclave.
 
-    Raises PolicyError; also for an enclave in debug mode, whose listed PCRs are not those that it attests.
+    Raises PolicyError; also for an enclave in debug mode, whose listed PCRs are not those that it
+    attests.
     """
     document = _json(text)
     if isinstance(document, list):
@@ -949,14 +1170,20 @@ def measurements(text: str | bytes) -> dict[int, bytes]:
     if not isinstance(document, dict):
         raise PolicyError("measurements are not a JSON object")
     if "DEBUG_MODE" in str(document.get("Flags")).upper():
-        raise PolicyError("measurements are of an enclave in debug mode, which attests zeros instead of them")
+        raise PolicyError(
+            "measurements are of an enclave in debug mode, which attests zeros instead of them"
+        )
     listed = document.get("Measurements", document)
     if not isinstance(listed, dict):
         raise PolicyError("Measurements is not a JSON object")
     algorithm = listed.get("HashAlgorithm", "Sha384")
     if "sha384" not in str(algorithm).lower():
         raise PolicyError(f"measurements are of HashAlgorithm {_brief(algorithm)}, expected Sha384")
-    pcrs = {name: value for name, value in listed.items() if re.fullmatch(r"PCR([0-9]|[12][0-9]|3[01])", name)}
+    pcrs = {
+        name: value
+        for name, value in listed.items()
+        if re.fullmatch(r"PCR([0-9]|[12][0-9]|3[01])", name)
+    }
     if not pcrs:
         raise PolicyError("measurements list no PCR")
     return {int(name[3:]): _measurement(name, value) for name, value in pcrs.items()}
@@ -986,7 +1213,9 @@ class Bind(NamedTuple):
         """Read NAME=VALUE:ROLE_ARN or NAME=VALUE:INSTANCE_ID."""
         found = re.fullmatch(r"([^=]+)=(.+):(arn:[^:]+:iam::\d{12}:role/.+|i-[0-9a-f]+)", text)
         if not found:
-            raise PolicyError(f"{_brief(text)} is not NAME=VALUE:ROLE_ARN or NAME=VALUE:INSTANCE_ID")
+            raise PolicyError(
+                f"{_brief(text)} is not NAME=VALUE:ROLE_ARN or NAME=VALUE:INSTANCE_ID"
+            )
         name, value, who = found.groups()
         if who.startswith("arn:"):
             return cls(name, value, 3, pcr_of_role(who))
@@ -1003,12 +1232,30 @@ class Rendered(NamedTuple):
 _ADMINISTRATION: Final = tuple(
     f"kms:{name}"
     for name in (
-        "CancelKeyDeletion", "CreateAlias", "DeleteAlias", "DescribeKey", "DisableKey", "DisableKeyRotation",
-        "EnableKey", "EnableKeyRotation", "GetKeyPolicy", "GetKeyRotationStatus", "ListGrants", "ListKeyPolicies",
-        "ListKeyRotations", "ListResourceTags", "PutKeyPolicy", "RevokeGrant", "RotateKeyOnDemand",
-        "ScheduleKeyDeletion", "TagResource", "UntagResource", "UpdateAlias", "UpdateKeyDescription",
+        "CancelKeyDeletion",
+        "CreateAlias",
+        "DeleteAlias",
+        "DescribeKey",
+        "DisableKey",
+        "DisableKeyRotation",
+        "EnableKey",
+        "EnableKeyRotation",
+        "GetKeyPolicy",
+        "GetKeyRotationStatus",
+        "ListGrants",
+        "ListKeyPolicies",
+        "ListKeyRotations",
+        "ListResourceTags",
+        "PutKeyPolicy",
+        "RevokeGrant",
+        "RotateKeyOnDemand",
+        "ScheduleKeyDeletion",
+        "TagResource",
+        "UntagResource",
+        "UpdateAlias",
+        "UpdateKeyDescription",
     )
-)  # fmt: skip
+)
 
 
 def render(
@@ -1020,18 +1267,21 @@ def render(
     binds: Sequence[Bind] = (),
     actions: Sequence[str] = ("kms:Decrypt",),
 ) -> Rendered:
-    """Write a key policy that gives plaintexts to attested enclaves only; `check` finds nothing in it.
+    """Write a key policy that gives plaintexts to attested enclaves only; `check` finds nothing in
+    it.
 
-    `principals` are the roles (or users) that the enclaves' parents run with, `admins` manage the key without using it,
-    `encryptors` may only encrypt. Each image is {PCR index: 48 bytes}; several are for a roll-over and name the same
-    PCRs. `actions` are of RECIPIENT_ACTIONS. Raises PolicyError for what would be open or useless.
+    `principals` are the roles (or users) that the enclaves' parents run with, `admins` manage the
+    key without using it, `encryptors` may only encrypt. Each image is {PCR index: 48 bytes};
+    several are for a roll-over and name the same PCRs. `actions` are of RECIPIENT_ACTIONS. Raises
+    PolicyError for what would be open or useless.
     """
     _check_people(principals, admins, encryptors)
     _check_images(images)
     _check_binds(binds, actions)
     if not actions or not set(actions) <= set(RECIPIENT_ACTIONS):
         raise PolicyError(
-            f"actions are {', '.join(actions) or 'none'}, expected some of {', '.join(RECIPIENT_ACTIONS)}"
+            f"actions are {', '.join(actions) or 'none'}, expected some of "
+            f"{', '.join(RECIPIENT_ACTIONS)}"
         )
     statements = [_allow("Administration", admins, _ADMINISTRATION)]
     if encryptors:
@@ -1046,7 +1296,9 @@ def render(
     return Rendered({"Version": "2012-10-17", "Statement": statements}, tuple(_warnings(images[0])))
 
 
-def _check_people(principals: Sequence[str], admins: Sequence[str], encryptors: Sequence[str]) -> None:
+def _check_people(
+    principals: Sequence[str], admins: Sequence[str], encryptors: Sequence[str]
+) -> None:
     if not principals or not admins:
         raise PolicyError(f"the policy names no {'administrator' if principals else 'principal'}")
     for what, arns, kinds in (
@@ -1058,11 +1310,15 @@ def _check_people(principals: Sequence[str], admins: Sequence[str], encryptors: 
             if _kind_of(arn) not in kinds:
                 raise PolicyError(f"{what} {_brief(arn)} is not the ARN of a {' or '.join(kinds)}")
             if what != "principal" and arn in principals:
-                raise PolicyError(f"{arn} is the parent instance's, which is not trusted: it cannot be {what} too")
+                raise PolicyError(
+                    f"{arn} is the parent instance's, which is not trusted: it cannot be {what} too"
+                )
 
 
 def _kind_of(arn: str) -> str:
-    """What an ARN of IAM names: "role", "user", "root", or "" for anything else and anything with wildcards."""
+    """What an ARN of IAM names: "role", "user", "root", or "" for anything else and anything with
+    wildcards.
+    """
     found = re.fullmatch(r"arn:[a-z-]+:iam::\d{12}:(?:(role|user)/[^*?\s]+|(root))", arn)
     return (found[1] or found[2]) if found else ""
 
@@ -1072,12 +1328,19 @@ def _check_images(images: Sequence[Mapping[int, bytes]]) -> None:
         raise PolicyError("the policy names no image")
     for image in images:
         if set(image) != set(images[0]):
-            raise PolicyError(f"images name {_names(images[0])} and {_names(image)}, expected the same PCRs in each")
+            raise PolicyError(
+                f"images name {_names(images[0])} and {_names(image)}, expected the same PCRs in "
+                "each"
+            )
         for index, value in image.items():
             if not 0 <= index <= 31 or len(value) != 48:
-                raise PolicyError(f"PCR{index} has {len(value)} bytes, expected PCR0 to PCR31 with 48")
+                raise PolicyError(
+                    f"PCR{index} has {len(value)} bytes, expected PCR0 to PCR31 with 48"
+                )
             if not any(value):
-                raise PolicyError(f"PCR{index} is all zeros, which is what an enclave in debug mode attests")
+                raise PolicyError(
+                    f"PCR{index} is all zeros, which is what an enclave in debug mode attests"
+                )
     problem = _identity_problem(images[0])
     if problem:
         raise PolicyError(f"{problem}: add PCR0, PCR8, or PCR1 together with PCR2")
@@ -1087,12 +1350,28 @@ def _check_binds(binds: Sequence[Bind], actions: Sequence[str]) -> None:
     if binds and "kms:DeriveSharedSecret" in actions:
         raise PolicyError("kms:DeriveSharedSecret has no encryption context to bind")
     if len({bind.name.lower() for bind in binds}) != len({bind.name for bind in binds}):
-        raise PolicyError("bound context names differ in case only, which condition keys do not tell apart")
+        raise PolicyError(
+            "bound context names differ in case only, which condition keys do not tell apart"
+        )
     for bind in binds:
         if "${" in bind.value:
-            raise PolicyError(f"bound value {_brief(bind.value)} would be read as a policy variable")
-        if len({other.pcr for other in binds if (other.name, other.value) == (bind.name, bind.value)}) > 1:
-            raise PolicyError(f"{bind.name}={bind.value} is bound to a role and to an instance, expected one of them")
+            raise PolicyError(
+                f"bound value {_brief(bind.value)} would be read as a policy variable"
+            )
+        if (
+            len(
+                {
+                    other.pcr
+                    for other in binds
+                    if (other.name, other.value) == (bind.name, bind.value)
+                }
+            )
+            > 1
+        ):
+            raise PolicyError(
+                f"{bind.name}={bind.value} is bound to a role and to an instance, expected one "
+                "of them"
+            )
 
 
 def _allow(sid: str, principals: Sequence[str], actions: Sequence[str]) -> dict[str, Any]:
@@ -1129,14 +1408,21 @@ def _enclave_condition(image: Mapping[int, bytes], binds: Sequence[Bind]) -> dic
     names = dict.fromkeys(bind.name for bind in binds)
     if names:
         condition["StringEquals"] = {
-            f"{_CONTEXT}{name}": _one_or_list(bind.value for bind in binds if bind.name == name) for name in names
+            f"{_CONTEXT}{name}": _one_or_list(bind.value for bind in binds if bind.name == name)
+            for name in names
         }
     return condition
 
 
 def _differs(index: int, values: Iterable[bytes]) -> dict[str, Any]:
-    """Holds where no document, or one with another value of this PCR, is sent: one key each, since keys are ANDed."""
-    return {"StringNotEqualsIgnoreCase": {_pcr_key(index): _one_or_list(value.hex() for value in values)}}
+    """Holds where no document, or one with another value of this PCR, is sent: one key each, since
+    keys are ANDed.
+    """
+    return {
+        "StringNotEqualsIgnoreCase": {
+            _pcr_key(index): _one_or_list(value.hex() for value in values)
+        }
+    }
 
 
 def _bind_guards(binds: Sequence[Bind]) -> Iterable[dict[str, Any]]:
@@ -1148,11 +1434,17 @@ def _bind_guards(binds: Sequence[Bind]) -> Iterable[dict[str, Any]]:
 
 
 def _warnings(pinned: Iterable[int]) -> Iterable[str]:
-    yield "whoever may call kms:PutKeyPolicy can remove these conditions: CloudTrail shows that, nothing prevents it"
+    yield (
+        "whoever may call kms:PutKeyPolicy can remove these conditions: CloudTrail shows that, "
+        "nothing prevents it"
+    )
     if 8 in pinned:
         yield (
             "PCR8 admits every image signed with this certificate, older ones too: "
             "use one certificate per application and environment"
         )
     if {0, 1, 2} & set(pinned):
-        yield "PCR0, PCR1 and PCR2 change with every build: render this policy anew for each, or use PCR8 alone"
+        yield (
+            "PCR0, PCR1 and PCR2 change with every build: render this policy anew for each, or "
+            "use PCR8 alone"
+        )

@@ -1,7 +1,8 @@
 """Why KMS refused an attested call: what was sent, and the likeliest causes.
 
-AWS answers every mismatch with the same exception, but its text tells which kind of policy lacked an allow or denied
-("Troubleshoot access denied error messages" of the IAM User Guide). A text that AWS words otherwise only costs a hint.
+AWS answers every mismatch with the same exception, but its text tells which kind of policy lacked
+an allow or denied ("Troubleshoot access denied error messages" of the IAM User Guide). A text that
+AWS words otherwise only costs a hint.
 """
 
 from __future__ import annotations
@@ -21,16 +22,27 @@ SKEW_MAX: Final = 300  # seconds between two clocks that Signature Version 4 for
 HINTS_MAX: Final = 2
 _SHOWN: Final = (0, 1, 2, 3, 4, 8)  # the PCRs that CloudTrail shows
 _DIGITS: Final = 16  # of a PCR, in notes
-_EXPIRED: Final = ("ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId")
-_UNSIGNED: Final = ("InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired", "IncompleteSignature")
+_EXPIRED: Final = (
+    "ExpiredTokenException",
+    "ExpiredToken",
+    "UnrecognizedClientException",
+    "InvalidClientTokenId",
+)
+_UNSIGNED: Final = (
+    "InvalidSignatureException",
+    "SignatureDoesNotMatch",
+    "RequestExpired",
+    "IncompleteSignature",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """A refused call: KMS's `code` and `message`, and what was sent.
 
-    `document` is the attestation document (not verified: it is our own), None where the call carries none; `context`
-    holds names only; `skew` is how many seconds KMS's clock is ahead of ours, None where its answer had no date.
+    `document` is the attestation document (not verified: it is our own), None where the call
+    carries none; `context` holds names only; `skew` is how many seconds KMS's clock is ahead of
+    ours, None where its answer had no date.
     """
 
     code: str
@@ -42,7 +54,9 @@ class Refusal:
 
 
 def clock_skew(date: str | None, now: datetime) -> float | None:
-    """Seconds that the Date header of an answer (RFC 9110, section 5.6.7) is ahead of us; None without a date."""
+    """Seconds that the Date header of an answer (RFC 9110, section 5.6.7) is ahead of us; None
+    without a date.
+    """
     try:
         return (parsedate_to_datetime(date or "") - now).total_seconds()
     except (ValueError, TypeError, OverflowError):
@@ -68,7 +82,11 @@ def _notes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     if pcrs:
         shown = (f"PCR{index} {_short(pcrs[index])}" for index in _SHOWN if index in pcrs)
         yield f"sent {', '.join(shown)}"
-        yield "the enclave runs in debug mode" if _debug(pcrs) else "the enclave does not run in debug mode"
+        yield (
+            "the enclave runs in debug mode"
+            if _debug(pcrs)
+            else "the enclave does not run in debug mode"
+        )
     key = refusal.key_id or "none named, KMS takes it from the ciphertext"
     yield f"key {key}; encryption context names: {', '.join(refusal.context) or 'none'}"
 
@@ -87,11 +105,16 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     if code == "AccessDeniedException":
         yield from _denials(refusal, pcrs)
     elif code == "NotFoundException":
-        yield "there is no such key in this region and in the account of the credentials: check both"
+        yield (
+            "there is no such key in this region and in the account of the credentials: check both"
+        )
     elif code in _EXPIRED:
         yield "the credentials are expired or wrong: renew them"
     elif code in _UNSIGNED:
-        yield _clock(refusal.skew) or "the secret key is wrong, or the clock is more than five minutes off"
+        yield (
+            _clock(refusal.skew)
+            or "the secret key is wrong, or the clock is more than five minutes off"
+        )
     elif code == "InvalidCiphertextException":
         yield "the ciphertext is damaged, or was made with another --context"
     elif code == "IncorrectKeyException":
@@ -101,18 +124,29 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
 def _clock(skew: float | None) -> str:
     if skew is None or abs(skew) <= SKEW_MAX:
         return ""
-    return f"this enclave's clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} KMS's: set it"
+    return (
+        f"this enclave's clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} "
+        "KMS's: set it"
+    )
 
 
 def _denials(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     if _debug(pcrs):
-        yield "debug mode: PCR0, 1 and 2 are all zeros, which no key policy should allow; start it without --debug-mode"
+        yield (
+            "debug mode: PCR0, 1 and 2 are all zeros, which no key policy should allow; start "
+            "it without --debug-mode"
+        )
     message = refusal.message.lower()
-    unknown = "the key policy must allow this role with this enclave's PCRs, and no policy may deny it"
+    unknown = (
+        "the key policy must allow this role with this enclave's PCRs, and no policy may deny it"
+    )
     cause = next((cause for text, cause in _TEXTS if text in message), unknown)
     caller, key = _accounts(refusal.message)
     if caller and key and caller != key:
-        cause = f"the credentials are of account {caller}, the key of {key}, and both must allow; {cause}"
+        cause = (
+            f"the credentials are of account {caller}, the key of {key}, and both must "
+            f"allow; {cause}"
+        )
     yield cause
 
 
@@ -120,24 +154,42 @@ def _denials(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
 _TEXTS: Final = (
     (
         "does not exist in this region",
-        "the key is in another region or account, or its policy does not allow this role with these PCRs",
+        (
+            "the key is in another region or account, or its policy does not allow this role with "
+            "these PCRs"
+        ),
     ),
     (
         "explicit deny in a resource-based policy",
-        "a Deny of the key policy holds, such as a guard on PCRs: compare them with the PCRs that were sent",
+        (
+            "a Deny of the key policy holds, such as a guard on PCRs: compare them with the PCRs "
+            "that were sent"
+        ),
     ),
     ("explicit deny in an identity-based policy", "a Deny in an identity policy of the role holds"),
-    ("explicit deny in a service control policy", "a service control policy of the organization denies it"),
-    ("explicit deny in a resource control policy", "a resource control policy of the organization denies it"),
+    (
+        "explicit deny in a service control policy",
+        "a service control policy of the organization denies it",
+    ),
+    (
+        "explicit deny in a resource control policy",
+        "a resource control policy of the organization denies it",
+    ),
     ("explicit deny in a permissions boundary", "the permissions boundary of the role denies it"),
     ("explicit deny in a session policy", "the policy of this session denies it"),
     ("explicit deny in a vpc endpoint policy", "the policy of the VPC endpoint denies it"),
     ("explicit deny", "a policy denies it explicitly"),
     (
         "no resource-based policy allows",
-        "no statement of the key policy allows this role with these PCRs: compare them with its conditions",
+        (
+            "no statement of the key policy allows this role with these PCRs: "
+            "compare them with its conditions"
+        ),
     ),
-    ("no identity-based policy allows", "the identity policy of the role allows neither this action nor this key"),
+    (
+        "no identity-based policy allows",
+        "the identity policy of the role allows neither this action nor this key",
+    ),
     ("no permissions boundary allows", "the permissions boundary of the role does not allow it"),
     ("no service control policy allows", "no service control policy of the organization allows it"),
     ("no session policy allows", "the policy of this session does not allow it"),
@@ -155,6 +207,9 @@ def _accounts(message: str) -> tuple[str | None, str | None]:
 def _more(refusal: Refusal) -> Iterable[str]:
     """The command that tells more."""
     if refusal.code == "AccessDeniedException" and refusal.document is not None:
-        yield "attestor attest DOC, then attestor policy explain POLICY --document DOC: which condition does not hold"
+        yield (
+            "attestor attest DOC, then attestor policy explain POLICY --document DOC: which "
+            "condition does not hold"
+        )
     elif refusal.code in (*_EXPIRED, *_UNSIGNED, "NotFoundException", "ValidationException"):
         yield "attestor doctor checks everything on the way to KMS"

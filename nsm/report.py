@@ -1,7 +1,7 @@
 """What a document, a module or a decision says, for people and for programs.
 
-Each `..._object` gives what `--json` prints; each `..._text` makes a report from it, at most WIDTH columns wide.
-Values that came from outside are shown without anything that could steer a terminal.
+Each `..._object` gives what `--json` prints; each `..._text` makes a report from it, at most WIDTH
+columns wide. Values that came from outside are shown without anything that could steer a terminal.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ def meaning(index: int) -> str:
 
 
 def document_object(
-    verified: VerifiedDocument, *, now: datetime, expected: Iterable[int] = (), in_base64: bool = False
+    verified: VerifiedDocument,
+    *,
+    now: datetime,
+    expected: Iterable[int] = (),
+    in_base64: bool = False,
 ) -> Object:
-    """A verified document: its fields, chain and checks; fields in hexadecimal, PCRs in that or in base64.
+    """A verified document: its fields, chain and checks; fields in hexadecimal, PCRs in that or in
+    base64.
 
     `expected` are the PCRs that were compared: what the others say was only shown.
     """
@@ -61,17 +66,25 @@ def document_object(
         "at_own_timestamp": verified.at == document.signed_at,
         "debug_mode": document.debug_mode,
         "pcr_encoding": "base64" if in_base64 else "hex",
-        "pcrs": {str(index): _encode(document.pcrs[index], in_base64) for index in sorted(document.pcrs)},
+        "pcrs": {
+            str(index): _encode(document.pcrs[index], in_base64) for index in sorted(document.pcrs)
+        },
         "expected_pcrs": sorted(expected),
         "public_key": _hex(document.public_key),
         "user_data": _hex(document.user_data),
         "nonce": _hex(document.nonce),
         "root_sha256": verified.root_sha256.hex(),
         "chain": [
-            {"subject": link.subject, "not_before": _utc(link.not_before), "not_after": _utc(link.not_after)}
+            {
+                "subject": link.subject,
+                "not_before": _utc(link.not_before),
+                "not_after": _utc(link.not_after),
+            }
             for link in verified.chain
         ],
-        "checks": {check: "passed" if check in verified.checks else "not asked" for check in CHECKS},
+        "checks": {
+            check: "passed" if check in verified.checks else "not asked" for check in CHECKS
+        },
     }
 
 
@@ -87,7 +100,13 @@ def document_text(report: Object) -> str:
     ]
     for name in ("public_key", "user_data", "nonce"):
         lines += _field(name.replace("_", " "), _length(report[name]))
-    lines += ["", f"PCRs ({report['digest']})", *_pcr_lines(report["pcrs"]), "", "chain, root first"]
+    lines += [
+        "",
+        f"PCRs ({report['digest']})",
+        *_pcr_lines(report["pcrs"]),
+        "",
+        "chain, root first",
+    ]
     for link in report["chain"]:
         lines += wrapped(link["subject"], "  ")
         lines.append(f"    {link['not_before']} to {link['not_after']}")
@@ -150,7 +169,11 @@ def _pcr_lines(pcrs: Mapping[str, str]) -> Iterable[str]:
             hidden.append(index)
             continue
         yield f"  PCR{index:3} {what}"
-        yield from wrapped("all zeros" if zero else value, " " * 9, WIDTH if len(value) <= 64 else 9 + len(value) // 2)
+        yield from wrapped(
+            "all zeros" if zero else value,
+            " " * 9,
+            WIDTH if len(value) <= 64 else 9 + len(value) // 2,
+        )
     if hidden:
         yield from wrapped(f"all zeros: {', '.join(hidden)}", "  ")
 
@@ -162,7 +185,12 @@ def findings_object(findings: Sequence[Finding]) -> Object:
     """What `policy check` found."""
     return {
         "findings": [
-            {"statement": found.statement, "code": found.code, "problem": found.problem, "fix": found.fix}
+            {
+                "statement": found.statement,
+                "code": found.code,
+                "problem": found.problem,
+                "fix": found.fix,
+            }
             for found in findings
         ]
     }
@@ -172,7 +200,9 @@ def findings_text(report: Object) -> str:
     """Two lines or more for each finding."""
     lines = []
     for found in report["findings"]:
-        lines += wrapped(f"{found['statement']}: {found['problem']} [{found['code']}]", "", hanging="    ")
+        lines += wrapped(
+            f"{found['statement']}: {found['problem']} [{found['code']}]", "", hanging="    "
+        )
         lines += wrapped(f"fix: {found['fix']}", "    ")
     return "\n".join(lines)
 
@@ -232,7 +262,10 @@ def evaluation_text(report: Object) -> str:
     document = report["document"]
     said = "none: a call without attestation"
     if document:
-        said = f"{document['module_id']}, signed {document['signed_at']}, {age(document['age_seconds'])}"
+        said = (
+            f"{document['module_id']}, signed {document['signed_at']}, "
+            f"{age(document['age_seconds'])}"
+        )
     lines = [
         *_field("decision", f"{report['decision']}: {report['reason']}"),
         *(line for question in report["undetermined"][1:] for line in _field("", question)),
@@ -254,15 +287,26 @@ _HELD: Final = {True: "holds", False: "does not hold", None: "cannot be told"}
 
 def _statement_lines(statement: Object) -> Iterable[str]:
     sid = f" ({statement['sid']})" if statement["sid"] else ""
-    left = ", which leaves it to identity policies" if statement["applies"] and statement["delegates"] else ""
-    head = f"statement {statement['statement']}{sid}, {statement['effect']}: {_APPLIES[statement['applies']]}{left}"
+    left = (
+        ", which leaves it to identity policies"
+        if statement["applies"] and statement["delegates"]
+        else ""
+    )
+    head = (
+        f"statement {statement['statement']}{sid}, {statement['effect']}: "
+        f"{_APPLIES[statement['applies']]}{left}"
+    )
     yield from wrapped(head, "", hanging="    ")
     for reason in statement["reasons"]:
-        if not any(part["key"] in reason for part in statement["conditions"]):  # those follow in full
+        if not any(
+            part["key"] in reason for part in statement["conditions"]
+        ):  # those follow in full
             yield from wrapped(reason, "  ", hanging="      ")
     for part in statement["conditions"]:
         note = f": {part['note']}" if part["note"] else ""
-        yield from wrapped(f"{part['operator']} {part['key']} {_HELD[part['held']]}{note}", "  ", hanging="      ")
+        yield from wrapped(
+            f"{part['operator']} {part['key']} {_HELD[part['held']]}{note}", "  ", hanging="      "
+        )
         for label in ("request", "policy"):
             for value in part[label] or ["absent"]:
                 yield from wrapped(value, f"    {label:9} ", hanging=" " * 14)

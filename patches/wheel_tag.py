@@ -1,4 +1,6 @@
-"""A build hook: a wheel that carries nsm/libnsm.so is for this platform only, one without it for every."""
+"""A build hook: a wheel that carries nsm/libnsm.so is for this platform only, one without it for
+every.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class WheelTag(BuildHookInterface):  # type: ignore[type-arg]  # generic only for type checkers
-    """Sets the wheel's tag; Python's version does not matter, since the library knows nothing of it."""
+    """Sets the wheel's tag; Python's version does not matter, since the library knows nothing of
+    it.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it builds; `version` is "standard" or "editable"."""

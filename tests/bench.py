@@ -1,11 +1,14 @@
 """`make bench`: whole processes against the same simulator, in pairs; ratios of medians.
 
-`attestor decrypt` against the plain script that a user would write: import boto3, make a client, decrypt without a
-Recipient, write the file. The key policy allows both. Machines are noisy: the pairs alternate, only ratios count.
+`attestor decrypt` against the plain script that a user would write: import boto3, make a client,
+decrypt without a Recipient, write the file. The key policy allows both. Machines are noisy: the
+pairs alternate, only ratios count.
 
-`nsm.document.verify` of one document against a loop that does no more than check the same five signatures.
+`nsm.document.verify` of one document against a loop that does no more than check the same five
+signatures.
 
-Run under `nitrosim run`, and light itself: the kernel counts a parent's memory as the least peak of its children.
+Run under `nitrosim run`, and light itself: the kernel counts a parent's memory as the least peak of
+its children.
 """
 
 from __future__ import annotations
@@ -63,7 +66,9 @@ def main() -> None:
             Path("sitecustomize.py").write_text(
                 "import nsm.library\nnsm.library.find_library = lambda: None\n", encoding="utf-8"
             )
-            compare("attestor decrypt, libnsm.so / device alone", ATTESTOR, ATTESTOR, theirs_in=direct)
+            compare(
+                "attestor decrypt, libnsm.so / device alone", ATTESTOR, ATTESTOR, theirs_in=direct
+            )
         bench_inject.main(measure)
     compare_verification()  # last: what it imports is not light
 
@@ -78,7 +83,8 @@ def compare_verification() -> None:
     root = hashlib.sha256(AttestationDocument.parse(data).cabundle[0]).digest()
     signatures = signatures_of(AttestationDocument.parse(data))
     pairs = [
-        (timed(lambda: verify(data, roots=[root])), timed(lambda: check_all(signatures))) for _ in range(ROUNDS + 1)
+        (timed(lambda: verify(data, roots=[root])), timed(lambda: check_all(signatures)))
+        for _ in range(ROUNDS + 1)
     ][1:]
     our, their = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
     print(f"verify a document / check its five signatures, medians of {ROUNDS} pairs")  # noqa: T201
@@ -91,7 +97,9 @@ def signatures_of(document: AttestationDocument) -> list[Signature]:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
-    chain = [x509.load_der_x509_certificate(der) for der in (*document.cabundle, document.certificate)]
+    chain = [
+        x509.load_der_x509_certificate(der) for der in (*document.cabundle, document.certificate)
+    ]
     keys: list[Any] = [certificate.public_key() for certificate in chain]
     found = [
         (key, certificate.signature, certificate.tbs_certificate_bytes)
@@ -128,16 +136,27 @@ def run_inside() -> NoReturn:
     os.execv(BIN / "nitrosim", nitrosim)  # noqa: S606 - no shell is the point
 
 
-def compare(title: str, ours: Sequence[str], theirs: Sequence[str], theirs_in: Mapping[str, str] | None = None) -> None:
+def compare(
+    title: str,
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    theirs_in: Mapping[str, str] | None = None,
+) -> None:
     """Run both in turn and print medians and their ratio."""
-    pairs = [(measure(ours), measure(theirs, theirs_in)) for _ in range(PAIRS + 1)][1:]  # the first one warms up
+    pairs = [(measure(ours), measure(theirs, theirs_in)) for _ in range(PAIRS + 1)][
+        1:
+    ]  # the first one warms up
     print(f"{title}, medians of {PAIRS} pairs")  # noqa: T201
-    for index, (name, unit) in enumerate((("wall time", "ms"), ("CPU time", "ms"), ("peak memory", "MiB"))):
+    for index, (name, unit) in enumerate(
+        (("wall time", "ms"), ("CPU time", "ms"), ("peak memory", "MiB"))
+    ):
         our, their = (statistics.median(pair[side][index] for pair in pairs) for side in (0, 1))
         print(f"  {name:12} {our:7.1f} / {their:7.1f} {unit:4} ratio {our / their:.3f}")  # noqa: T201
 
 
-def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float, float]:
+def measure(
+    command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> tuple[float, float, float]:
     """Wall and CPU milliseconds and peak MiB of one process, as the kernel accounts for it."""
     start = time.perf_counter()
     child = os.posix_spawn(command[0], list(command), environment or os.environ)

@@ -1,7 +1,8 @@
-"""The part of `make bench` about many secrets and long messages; `tests.bench` calls it inside its simulator.
+"""The part of `make bench` about many secrets and long messages; `tests.bench` calls it inside its
+simulator.
 
-Figures are of whole processes, as the kernel accounts for them. What each additional secret costs is the difference
-between runs with many and with few of them, so that starting up cancels out.
+Figures are of whole processes, as the kernel accounts for them. What each additional secret costs
+is the difference between runs with many and with few of them, so that starting up cancels out.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def inject(measure: Measure, count: int) -> tuple[float, float, float]:
 
 
 def compare_with_a_loop(measure: Measure) -> None:
-    """CPU time of each additional secret, against a loop with boto3 alone; both in turn, for machines drift."""
+    """CPU time of each additional secret, against a loop with boto3 alone; both in turn, for
+    machines drift.
+    """
     Path("plain.py").write_text(PLAIN, encoding="utf-8")
     pairs = [
         (
@@ -87,11 +90,16 @@ def compare_with_a_loop(measure: Measure) -> None:
     ours, theirs = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
     ratio = statistics.median(our / their for our, their in pairs)
     print(f"CPU time of an additional secret, inject / boto3 loop, medians of {PAIRS} pairs")  # noqa: T201
-    print(f"  CPU time     {ours:7.2f} / {theirs:7.2f} ms   ratio {ratio:.3f}, RSA alone {rsa():.2f} ms")  # noqa: T201
+    print(
+        f"  CPU time     {ours:7.2f} / {theirs:7.2f} ms   ratio {ratio:.3f}, RSA alone "
+        f"{rsa():.2f} ms"
+    )  # noqa: T201
 
 
 def additional(cost: Callable[[int], float]) -> float:
-    """What one secret more costs: starting up, and making a key, which takes its time by chance, cancel out."""
+    """What one secret more costs: starting up, and making a key, which takes its time by chance,
+    cancel out.
+    """
     few = cost(FEW)
     return (cost(MANY) - few) / (MANY - FEW)
 
@@ -109,7 +117,9 @@ start = time.process_time()
 for _ in range(300): key.decrypt(wrapped, oaep)
 print((time.process_time() - start) / 300 * 1e3)
 """
-    return float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
+    )
 
 
 def compare_with_single_runs(measure: Measure) -> None:
@@ -128,6 +138,10 @@ def measure_messages(measure: Measure, arn: str) -> None:
         piece = os.urandom(1 << 20)
         with open("long", "wb") as plaintext:
             plaintext.writelines(piece for _ in range(size))
-        subprocess.run([ATTESTOR, "encrypt", "--force", "--key-id", arn, "long", "long.enc"], check=True)
-        wall, _, peak = measure([ATTESTOR, "decrypt", "--force", "--key-id", arn, "long.enc", "long"])
+        subprocess.run(
+            [ATTESTOR, "encrypt", "--force", "--key-id", arn, "long", "long.enc"], check=True
+        )
+        wall, _, peak = measure(
+            [ATTESTOR, "decrypt", "--force", "--key-id", arn, "long.enc", "long"]
+        )
         print(f"  {size:5} MiB    {size / wall * 1e3:7.1f} MiB/s, peak memory {peak:.1f} MiB")  # noqa: T201

@@ -61,9 +61,9 @@ class Enclave:
 
     def encrypt(self, plaintext: bytes = b"the secret", **context: str) -> bytes:
         """A ciphertext under alias/nitrosim."""
-        blob: bytes = self.kms.encrypt(KeyId="alias/nitrosim", Plaintext=plaintext, EncryptionContext=context)[
-            "CiphertextBlob"
-        ]
+        blob: bytes = self.kms.encrypt(
+            KeyId="alias/nitrosim", Plaintext=plaintext, EncryptionContext=context
+        )["CiphertextBlob"]
         return blob
 
     def place(self, data: bytes, name: str = "blob") -> str:
@@ -72,7 +72,10 @@ class Enclave:
         return name
 
     def run(
-        self, *command: str, stdin: bytes | None = None, environment: Mapping[str, str | None] | None = None
+        self,
+        *command: str,
+        stdin: bytes | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> Run:
         """Run any command inside; a variable set to None is removed."""
         merged = {**self.environment, **(environment or {})}
@@ -88,14 +91,21 @@ class Enclave:
         return Run(done.returncode, done.stdout, done.stderr.decode())
 
     def attestor(
-        self, *arguments: str, stdin: bytes | None = None, environment: Mapping[str, str | None] | None = None
+        self,
+        *arguments: str,
+        stdin: bytes | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> Run:
         """Run attestor inside."""
-        return self.run(sys.executable, "-m", "attestor", *arguments, stdin=stdin, environment=environment)
+        return self.run(
+            sys.executable, "-m", "attestor", *arguments, stdin=stdin, environment=environment
+        )
 
     def decrypt(self, *options: str, environment: Mapping[str, str | None] | None = None) -> Run:
         """Run `attestor decrypt` from "blob" to "out" with any key."""
-        return self.attestor("decrypt", "--any-key", *options, "blob", "out", environment=environment)
+        return self.attestor(
+            "decrypt", "--any-key", *options, "blob", "out", environment=environment
+        )
 
     def files(self) -> set[str]:
         """Names in the folder, hidden ones too."""
@@ -130,7 +140,9 @@ def vectors() -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With ATTESTOR_NO_SKIPS set, a skipped test is a failure: that is how .ci/run keeps checks from vanishing."""
+    """With ATTESTOR_NO_SKIPS set, a skipped test is a failure: that is how .ci/run keeps checks
+    from vanishing.
+    """
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("ATTESTOR_NO_SKIPS") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("ATTESTOR_NO_SKIPS is set, but tests were skipped", red=True)

@@ -1,8 +1,9 @@
-"""Run attestor with a signal, or an error, in the middle of writing: interrupt.py POINT WHAT ARGUMENT...
+"""Run attestor with a signal, or an error, in the middle of writing: interrupt.py POINT WHAT
+ARGUMENT...
 
-POINT is the function of `os` that is about to be called, "fsync-folder" the second fsync; WHAT is a signal's name, the
-name of an errno, or SIGINT+SIGTERM for a second signal while the first cleans up. With NO_TMPFILE set, files get a
-temporary name.
+POINT is the function of `os` that is about to be called, "fsync-folder" the second fsync; WHAT is a
+signal's name, the name of an errno, or SIGINT+SIGTERM for a second signal while the first cleans
+up. With NO_TMPFILE set, files get a temporary name.
 """
 
 from __future__ import annotations

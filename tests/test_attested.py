@@ -32,7 +32,10 @@ def python(enclave: Enclave, program: str, environment: dict[str, str | None] | 
 
 def error_of(enclave: Enclave, statement: str) -> list[str]:
     """The class and the message of the error that a statement ends with."""
-    program = f"try:\n    {statement}\nexcept Exception as error:\n    show([type(error).__name__, str(error)])"
+    program = (
+        f"try:\n    {statement}\nexcept Exception as error:\n    "
+        "show([type(error).__name__, str(error)])"
+    )
     shown: list[str] = python(enclave, program)
     return shown
 
@@ -107,23 +110,36 @@ def test_clients_and_sessions_however_often(enclave: Enclave, client: str) -> No
         client = f"attestor.attested({client})"
     enclave.place(enclave.encrypt(b"the secret", node="3"))
     program = f"kms = {client}\nblob = open('blob', 'rb').read()\n"
-    program += "show(kms.decrypt(CiphertextBlob=blob, EncryptionContext={'node': '3'})['Plaintext'])"
+    program += (
+        "show(kms.decrypt(CiphertextBlob=blob, EncryptionContext={'node': '3'})['Plaintext'])"
+    )
     assert bytes.fromhex(python(enclave, program)) == b"the secret"
 
 
 def test_other_operations_are_left_alone(enclave: Enclave) -> None:
-    assert python(enclave, 'show(kms.describe_key(KeyId="alias/nitrosim")["KeyMetadata"]["Enabled"])') is True
+    assert (
+        python(enclave, 'show(kms.describe_key(KeyId="alias/nitrosim")["KeyMetadata"]["Enabled"])')
+        is True
+    )
 
 
 def test_a_recipient_of_the_callers_own_is_refused(enclave: Enclave) -> None:
-    kind, message = error_of(enclave, 'kms.generate_random(NumberOfBytes=1, Recipient={"AttestationDocument": b"x"})')
-    assert (kind, message) == ("InputError", "GenerateRandom of an attested client brings a Recipient of its own")
+    kind, message = error_of(
+        enclave, 'kms.generate_random(NumberOfBytes=1, Recipient={"AttestationDocument": b"x"})'
+    )
+    assert (kind, message) == (
+        "InputError",
+        "GenerateRandom of an attested client brings a Recipient of its own",
+    )
 
 
 @pytest.mark.parametrize(
     ("statement", "part"),
     [
-        ('attestor.attested(boto3.client("kms", endpoint_url="http://localhost:1"))', "is not https"),
+        (
+            'attestor.attested(boto3.client("kms", endpoint_url="http://localhost:1"))',
+            "is not https",
+        ),
         ('attestor.attested(boto3.client("kms", verify=False))', "verify=False"),
         ('attestor.attested(boto3.client("kms", verify=0))', "verify=False"),
         ('attestor.attested(boto3.client("s3"))', "client of s3"),
@@ -135,17 +151,24 @@ def test_a_recipient_of_the_callers_own_is_refused(enclave: Enclave) -> None:
             ),
             "lets its proxy end TLS",
         ),
-        ('attestor.attested(boto3.Session()).client("kms", endpoint_url="http://localhost:1")', "is not https"),
+        (
+            'attestor.attested(boto3.Session()).client("kms", endpoint_url="http://localhost:1")',
+            "is not https",
+        ),
         ('attestor.attested(boto3.Session()).client("kms", verify=False)', "verify=False"),
     ],
 )
-def test_a_client_that_authenticates_nobody_is_refused(enclave: Enclave, statement: str, part: str) -> None:
+def test_a_client_that_authenticates_nobody_is_refused(
+    enclave: Enclave, statement: str, part: str
+) -> None:
     kind, message = error_of(enclave, statement)
     assert kind == "InputError"
     assert part in message
 
 
-@pytest.mark.parametrize("fault", ["no-envelope", "nothing-sealed", "plaintext-beside", "wrong-key-id"])
+@pytest.mark.parametrize(
+    "fault", ["no-envelope", "nothing-sealed", "plaintext-beside", "wrong-key-id"]
+)
 def test_no_answer_falls_back(enclaves: Callable[..., Enclave], fault: str) -> None:
     enclave = enclaves(faults=[fault])
     statement = f"kms.generate_data_key(KeyId={enclave.world.kms.key_arn!r}, NumberOfBytes=16)"
@@ -154,7 +177,9 @@ def test_no_answer_falls_back(enclaves: Callable[..., Enclave], fault: str) -> N
 
 def test_errors_of_kms_stay_the_sdks_own(enclaves: Callable[..., Enclave]) -> None:
     enclave = enclaves(debug=True)
-    kind, message = error_of(enclave, 'kms.generate_data_key(KeyId="alias/nitrosim", NumberOfBytes=16)')
+    kind, message = error_of(
+        enclave, 'kms.generate_data_key(KeyId="alias/nitrosim", NumberOfBytes=16)'
+    )
     assert "AccessDeniedException" in kind + message
 
 

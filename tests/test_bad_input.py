@@ -33,7 +33,9 @@ def refused(enclave: Enclave, run: Run, status: int, *parts: str) -> str:
     assert "out" not in enclave.files()
     assert not [name for name in enclave.files() if name.startswith(".")]
     assert all(
-        line.startswith(("attestor: error: ", "attestor: note: ", "attestor: hint: ", "attestor: warning: "))
+        line.startswith(
+            ("attestor: error: ", "attestor: note: ", "attestor: hint: ", "attestor: warning: ")
+        )
         for line in run.err.splitlines()
     )
     for part in parts:
@@ -60,7 +62,9 @@ def test_a_file_that_is_no_ciphertext(enclave: Enclave, data: bytes, part: str) 
     refused(enclave, enclave.decrypt(), 2, part)
 
 
-@pytest.mark.parametrize("data", [b"no*base64", b"AAAA=AAA", base64.b64encode(bytes(6145)), b"A" * 20000, b"A", b"="])
+@pytest.mark.parametrize(
+    "data", [b"no*base64", b"AAAA=AAA", base64.b64encode(bytes(6145)), b"A" * 20000, b"A", b"="]
+)
 def test_text_that_is_no_base64(enclave: Enclave, data: bytes) -> None:
     enclave.place(data)
     refused(enclave, enclave.decrypt("--base64"), 2)
@@ -72,7 +76,9 @@ def test_a_ciphertext_that_cannot_be_read(enclave: Enclave) -> None:
     assert "directory" in refused(enclave, enclave.decrypt(), 2)
     run = enclave.attestor("decrypt", "--any-key", "-", "out", stdin=b"")
     assert "standard input is empty" in refused(enclave, run, 2)
-    closed = enclave.run("sh", "-c", f"exec {sys.executable} -m attestor decrypt --any-key - out <&-")
+    closed = enclave.run(
+        "sh", "-c", f"exec {sys.executable} -m attestor decrypt --any-key - out <&-"
+    )
     assert "cannot be read" in refused(enclave, closed, 2)
 
 
@@ -117,7 +123,9 @@ def test_an_option_that_cannot_be(enclave: Enclave, options: list[str], part: st
 def test_a_missing_argument_and_one_too_many(enclave: Enclave) -> None:
     enclave.place(BLOB)
     refused(enclave, enclave.attestor("decrypt", "blob"), 2, "missing argument")
-    refused(enclave, enclave.attestor("decrypt", "blob", "out", "more"), 2, "unexpected extra argument")
+    refused(
+        enclave, enclave.attestor("decrypt", "blob", "out", "more"), 2, "unexpected extra argument"
+    )
     refused(enclave, enclave.attestor("frobnicate"), 2, "no such command")
 
 
@@ -130,15 +138,21 @@ def test_there_is_no_default_region(enclave: Enclave) -> None:
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_KMS"])
 def test_an_insecure_endpoint_from_the_environment(enclave: Enclave, variable: str) -> None:
     enclave.place(BLOB)
-    run = enclave.decrypt(environment={"AWS_ENDPOINT_URL_KMS": None, variable: "http://localhost:1"})
+    run = enclave.decrypt(
+        environment={"AWS_ENDPOINT_URL_KMS": None, variable: "http://localhost:1"}
+    )
     refused(enclave, run, 2, "endpoint http://localhost:1 is not https")
 
 
 def test_an_insecure_endpoint_from_the_configuration(enclave: Enclave, tmp_path: Any) -> None:
     enclave.place(BLOB)
     config = tmp_path / "config"
-    config.write_text("[default]\nservices = lan\n[services lan]\nkms =\n  endpoint_url = http://localhost:1\n")
-    run = enclave.decrypt(environment={"AWS_ENDPOINT_URL_KMS": None, "AWS_CONFIG_FILE": str(config)})
+    config.write_text(
+        "[default]\nservices = lan\n[services lan]\nkms =\n  endpoint_url = http://localhost:1\n"
+    )
+    run = enclave.decrypt(
+        environment={"AWS_ENDPOINT_URL_KMS": None, "AWS_CONFIG_FILE": str(config)}
+    )
     refused(enclave, run, 2, "endpoint http://localhost:1 is not https")
 
 
@@ -162,7 +176,13 @@ def test_a_configuration_that_cannot_be(enclave: Enclave, variable: str, value: 
 def test_a_ca_bundle_without_certificates(enclave: Enclave, bundle: bytes) -> None:
     enclave.place(BLOB)
     environment = {"AWS_CA_BUNDLE": enclave.place(bundle, "ca.pem")}
-    refused(enclave, enclave.decrypt(environment=environment), 2, "CA bundle cannot be read", "AWS_CA_BUNDLE")
+    refused(
+        enclave,
+        enclave.decrypt(environment=environment),
+        2,
+        "CA bundle cannot be read",
+        "AWS_CA_BUNDLE",
+    )
 
 
 def test_a_ca_bundle_that_is_not_there(enclave: Enclave) -> None:
@@ -201,7 +221,9 @@ def test_a_module_that_refuses(enclaves: Callable[..., Enclave], fault: str, par
     refused(enclave, enclave.decrypt(), 3, part)
 
 
-def test_a_module_that_does_not_answer_is_bounded_by_the_timeout(enclaves: Callable[..., Enclave]) -> None:
+def test_a_module_that_does_not_answer_is_bounded_by_the_timeout(
+    enclaves: Callable[..., Enclave],
+) -> None:
     enclave = enclaves(faults=["silent-module"])
     enclave.place(BLOB)
     start = time.monotonic()
@@ -214,14 +236,25 @@ def test_a_module_that_does_not_answer_is_bounded_by_the_timeout(enclaves: Calla
 
 def test_no_credentials(enclave: Enclave) -> None:
     enclave.place(BLOB)
-    nothing = {name: None for name in enclave.environment if name.startswith("AWS_") and "KEY" in name}
+    nothing = {
+        name: None for name in enclave.environment if name.startswith("AWS_") and "KEY" in name
+    }
     refused(enclave, enclave.decrypt(environment=nothing), 4, "no valid AWS credentials")
-    refused(enclave, enclave.decrypt(environment={"AWS_SECRET_ACCESS_KEY": None}), 4, "no valid AWS credentials")
+    refused(
+        enclave,
+        enclave.decrypt(environment={"AWS_SECRET_ACCESS_KEY": None}),
+        4,
+        "no valid AWS credentials",
+    )
     refused(enclave, enclave.decrypt(environment={"AWS_PROFILE": "absent", **nothing}), 4, "absent")
 
 
-@pytest.mark.parametrize("token", ["a-secret-token\n", "a-secret-token\r\nHost: x", "a-secret-t\u00f6ken", "\udcff"])
-def test_credentials_with_odd_characters_are_refused_and_not_repeated(enclave: Enclave, token: str) -> None:
+@pytest.mark.parametrize(
+    "token", ["a-secret-token\n", "a-secret-token\r\nHost: x", "a-secret-t\u00f6ken", "\udcff"]
+)
+def test_credentials_with_odd_characters_are_refused_and_not_repeated(
+    enclave: Enclave, token: str
+) -> None:
     enclave.place(BLOB)
     run = enclave.decrypt(environment={"AWS_SESSION_TOKEN": token})
     refused(enclave, run, 4, "no valid AWS credentials")
@@ -236,8 +269,14 @@ def test_credentials_with_odd_characters_are_refused_and_not_repeated(enclave: E
         "null",
         '{"AccessKeyId": 1, "SecretAccessKey": "a-secret", "Token": "a-secret"}',
         '{"AccessKeyId": "A", "SecretAccessKey": 1, "Token": "a-secret"}',
-        '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": "99999999999-01-01"}',
-        '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": "soon"}',
+        (
+            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": '
+            '"99999999999-01-01"}'
+        ),
+        (
+            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": '
+            '"soon"}'
+        ),
         '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret\\nX: y"}',
     ],
     ids=["deep", "list", "null", "number-id", "number-key", "far", "soon", "newline"],
@@ -247,9 +286,13 @@ def test_credentials_that_the_parent_made_up(enclave: Enclave, answer: str) -> N
     enclave.place(BLOB)
     with Parent(answer.encode()) as parent:
         nothing: dict[str, str | None] = {
-            name: None for name in enclave.environment if name.startswith("AWS_") and ("KEY" in name or "TOKEN" in name)
+            name: None
+            for name in enclave.environment
+            if name.startswith("AWS_") and ("KEY" in name or "TOKEN" in name)
         }
-        run = enclave.decrypt(environment={**nothing, "AWS_CONTAINER_CREDENTIALS_FULL_URI": parent.url})
+        run = enclave.decrypt(
+            environment={**nothing, "AWS_CONTAINER_CREDENTIALS_FULL_URI": parent.url}
+        )
     refused(enclave, run, 4, "no valid AWS credentials")
     assert "a-secret" not in run.err
 
@@ -302,7 +345,9 @@ def test_a_refused_connection(enclave: Enclave) -> None:
 def test_a_name_that_does_not_resolve(enclave: Enclave) -> None:
     enclave.place(BLOB)
     options = ["--endpoint-url", "https://kms.invalid", "--timeout", "20"]
-    refused(enclave, enclave.decrypt(*options, environment={"AWS_MAX_ATTEMPTS": "1"}), 5, "kms.invalid")
+    refused(
+        enclave, enclave.decrypt(*options, environment={"AWS_MAX_ATTEMPTS": "1"}), 5, "kms.invalid"
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,16 +360,22 @@ def test_a_name_that_does_not_resolve(enclave: Enclave) -> None:
         ("tls-old", 5, "no TLS with KMS"),
     ],
 )
-def test_tls_that_proves_nothing(enclaves: Callable[..., Enclave], fault: str, status: int, part: str) -> None:
+def test_tls_that_proves_nothing(
+    enclaves: Callable[..., Enclave], fault: str, status: int, part: str
+) -> None:
     enclave = enclaves(faults=[fault])
     enclave.place(BLOB)
     refused(enclave, enclave.decrypt(), status, part)
 
 
-def test_an_expired_certificate_is_not_retried_into_a_success(enclaves: Callable[..., Enclave]) -> None:
+def test_an_expired_certificate_is_not_retried_into_a_success(
+    enclaves: Callable[..., Enclave],
+) -> None:
     enclave = enclaves(faults=["tls-expired"])
     enclave.place(BLOB)
-    run = enclave.decrypt(environment={"AWS_MAX_ATTEMPTS": "5", "SSL_CERT_FILE": enclave.environment["AWS_CA_BUNDLE"]})
+    run = enclave.decrypt(
+        environment={"AWS_MAX_ATTEMPTS": "5", "SSL_CERT_FILE": enclave.environment["AWS_CA_BUNDLE"]}
+    )
     refused(enclave, run, 6)
 
 
@@ -407,7 +458,9 @@ def test_an_answer_from_another_key(enclaves: Callable[..., Enclave], fault: str
     enclave.place(enclave.encrypt())
     arn = enclave.world.kms.key_arn
     for key in (arn, arn.split("/")[1]):
-        message = refused(enclave, enclave.attestor("decrypt", "--key-id", key, "blob", "out"), 6, "is from key")
+        message = refused(
+            enclave, enclave.attestor("decrypt", "--key-id", key, "blob", "out"), 6, "is from key"
+        )
         assert f"asked for {key}" in message
 
 
@@ -448,11 +501,19 @@ def test_a_policy_that_asks_for_another_image(enclaves: Callable[..., Enclave]) 
     refused(enclave, enclave.decrypt(), 4, "AccessDeniedException", "request id")
 
 
-def test_another_context_a_tampered_blob_and_a_disabled_key(enclaves: Callable[..., Enclave]) -> None:
+def test_another_context_a_tampered_blob_and_a_disabled_key(
+    enclaves: Callable[..., Enclave],
+) -> None:
     enclave = enclaves()
     blob = enclave.encrypt(node="3")
     enclave.place(blob)
-    refused(enclave, enclave.decrypt("--context", "node=4"), 4, "InvalidCiphertextException", "--context")
+    refused(
+        enclave,
+        enclave.decrypt("--context", "node=4"),
+        4,
+        "InvalidCiphertextException",
+        "--context",
+    )
     refused(enclave, enclave.decrypt(), 4, "InvalidCiphertextException")
     enclave.place(blob[:-1] + bytes([blob[-1] ^ 1]))
     refused(enclave, enclave.decrypt("--context", "node=3"), 4, "InvalidCiphertextException")
@@ -498,7 +559,12 @@ def test_a_blocking_standard_input_is_an_error(enclave: Enclave) -> None:
     os.set_blocking(reader, False)
     command = [sys.executable, "-m", "attestor", "decrypt", "--any-key", "-", "out"]
     done = subprocess.run(
-        command, cwd=enclave.folder, env=enclave.environment, stdin=reader, capture_output=True, check=False
+        command,
+        cwd=enclave.folder,
+        env=enclave.environment,
+        stdin=reader,
+        capture_output=True,
+        check=False,
     )
     os.close(reader)
     os.close(writer)
@@ -509,5 +575,7 @@ def test_a_blocking_standard_input_is_an_error(enclave: Enclave) -> None:
 def test_errors_survive_a_closed_standard_error(enclave: Enclave) -> None:
     command = [sys.executable, "-m", "attestor", "decrypt", "--any-key", "absent", "out"]
     shell = ["sh", "-c", '"$@" 2>&-', "sh", *command]
-    done = subprocess.run(shell, cwd=enclave.folder, env=enclave.environment, capture_output=True, check=False)
+    done = subprocess.run(
+        shell, cwd=enclave.folder, env=enclave.environment, capture_output=True, check=False
+    )
     assert (done.returncode, done.stdout) == (2, b"")

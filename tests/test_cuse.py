@@ -1,4 +1,6 @@
-"""The software NSM as a device of the kernel: the protocol against a kernel of our own, and the real one in a VM."""
+"""The software NSM as a device of the kernel: the protocol against a kernel of our own, and the
+real one in a VM.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,17 @@ class Broken(Answers):
 
 
 def message(opcode: int, body: bytes = b"", unique: int = 7) -> bytes:
-    return cuse.IN_HEADER.pack(cuse.IN_HEADER.size + len(body), opcode, unique, 0, 1000, 1000, 42, 0, 0) + body
+    return (
+        cuse.IN_HEADER.pack(
+            cuse.IN_HEADER.size + len(body), opcode, unique, 0, 1000, 1000, 42, 0, 0
+        )
+        + body
+    )
 
 
-def ioctl_body(argument: int, data: bytes = b"", out_size: int = 0, command: int = NSM_IOCTL_RAW) -> bytes:
+def ioctl_body(
+    argument: int, data: bytes = b"", out_size: int = 0, command: int = NSM_IOCTL_RAW
+) -> bytes:
     return cuse.IOCTL_IN.pack(0, 2, command, argument, len(data), out_size) + data
 
 
@@ -64,7 +73,9 @@ def opened(answer: bytes | None) -> tuple[int, int, bytes]:
 
 
 class Kernel:
-    """What fs/fuse/ioctl.c does with an ioctl, on a memory of its own: pieces of bytes by their addresses."""
+    """What fs/fuse/ioctl.c does with an ioctl, on a memory of its own: pieces of bytes by their
+    addresses.
+    """
 
     def __init__(self, dialogue: Dialogue, memory: dict[int, bytearray]) -> None:
         self.dialogue = dialogue
@@ -106,7 +117,10 @@ class Kernel:
                 if not flags & 4:
                     self.finish(outgoing, content)
                     return int(-result)
-                pieces = [cuse.IOVEC.unpack_from(content, 16 * index) for index in range(len(content) // 16)]
+                pieces = [
+                    cuse.IOVEC.unpack_from(content, 16 * index)
+                    for index in range(len(content) // 16)
+                ]
                 assert len(pieces) == ins + outs <= 256
                 incoming, outgoing = pieces[:ins], pieces[ins:]
         except OSError as error:
@@ -132,8 +146,14 @@ def ask(
     addresses: tuple[int, int] = (REQUEST_AT, RESPONSE_AT),
 ) -> tuple[int, int, bytes]:
     """One call as a program makes it: (errno, response.len afterwards, what the buffer holds)."""
-    raw = cuse.NSM_RAW.pack(addresses[0], len(request) if length is None else length, addresses[1], room)
-    memory = {RAW_AT: bytearray(raw), REQUEST_AT: bytearray(request), RESPONSE_AT: bytearray(b"\xee" * 12288)}
+    raw = cuse.NSM_RAW.pack(
+        addresses[0], len(request) if length is None else length, addresses[1], room
+    )
+    memory = {
+        RAW_AT: bytearray(raw),
+        REQUEST_AT: bytearray(request),
+        RESPONSE_AT: bytearray(b"\xee" * 12288),
+    }
     number = Kernel(Dialogue(module, "nsm"), memory).ioctl(RAW_AT)
     returned = cuse.NSM_RAW.unpack(memory[RAW_AT])
     assert returned[:3] == cuse.NSM_RAW.unpack(raw)[:3]
@@ -187,14 +207,19 @@ def test_a_module_that_hangs_up() -> None:
 
 @pytest.mark.parametrize("command", [0, 0xC0200A01, 0xC0100A00, 0x5401, 0xFFFFFFFF])
 def test_another_command(command: int) -> None:
-    assert Kernel(Dialogue(Answers(), "nsm"), {RAW_AT: bytearray(32)}).ioctl(RAW_AT, command) == errno.EINVAL
+    assert (
+        Kernel(Dialogue(Answers(), "nsm"), {RAW_AT: bytearray(32)}).ioctl(RAW_AT, command)
+        == errno.EINVAL
+    )
 
 
 def test_memory_that_changes_between_the_messages() -> None:
     """What was copied counts, not what struct nsm_raw says the second time."""
     dialogue = Dialogue(Answers(b"answer"), "nsm")
     changed = cuse.NSM_RAW.pack(U64, U64, U64, U64)
-    _, _, body = opened(dialogue.receive(message(cuse.IOCTL, ioctl_body(RAW_AT, changed + b"question", 32 + 3))))
+    _, _, body = opened(
+        dialogue.receive(message(cuse.IOCTL, ioctl_body(RAW_AT, changed + b"question", 32 + 3)))
+    )
     assert body == bytes(16) + cuse.NSM_RAW.pack(U64, U64, U64, 3) + b"ans"
 
 
@@ -216,7 +241,10 @@ OTHERS: Final = {
     cuse.READ: (errno.EINVAL, b""),
     cuse.WRITE: (errno.EINVAL, b""),
 }
-UNKNOWN: Final = (errno.ENOSYS, b"")  # 40 is poll, which the kernel then answers as for a device without it
+UNKNOWN: Final = (
+    errno.ENOSYS,
+    b"",
+)  # 40 is poll, which the kernel then answers as for a device without it
 SPECIAL: Final = {cuse.FORGET, cuse.BATCH_FORGET, cuse.INTERRUPT, cuse.IOCTL, cuse.CUSE_INIT}
 
 
@@ -224,7 +252,11 @@ SPECIAL: Final = {cuse.FORGET, cuse.BATCH_FORGET, cuse.INTERRUPT, cuse.IOCTL, cu
 def test_every_other_opcode(opcode: int) -> None:
     number, body = OTHERS.get(opcode, UNKNOWN)
     for content in (b"", bytes(8), bytes(64)):
-        assert opened(Dialogue(Answers(), "nsm").receive(message(opcode, content))) == (number, 7, body)
+        assert opened(Dialogue(Answers(), "nsm").receive(message(opcode, content))) == (
+            number,
+            7,
+            body,
+        )
 
 
 @pytest.mark.parametrize("opcode", [cuse.FORGET, cuse.BATCH_FORGET])
@@ -238,13 +270,17 @@ WHOLE: Final = {
     "interrupt": message(cuse.INTERRUPT, cuse.INTERRUPT_IN.pack(7)),
     "ioctl": message(cuse.IOCTL, ioctl_body(RAW_AT)),
     "ioctl with nsm_raw": message(cuse.IOCTL, ioctl_body(RAW_AT, cuse.NSM_RAW.pack(1, 2, 3, 4))),
-    "ioctl with all": message(cuse.IOCTL, ioctl_body(RAW_AT, cuse.NSM_RAW.pack(1, 2, 3, 4) + b"xy", 36)),
+    "ioctl with all": message(
+        cuse.IOCTL, ioctl_body(RAW_AT, cuse.NSM_RAW.pack(1, 2, 3, 4) + b"xy", 36)
+    ),
 }
 
 
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
 def test_messages_that_are_cut_short(whole: bytes) -> None:
-    """A message shorter than it says is none; one whose arguments are too short for its opcode is EINVAL."""
+    """A message shorter than it says is none; one whose arguments are too short for its opcode is
+    EINVAL.
+    """
     module = Answers()
     for end in range(len(whole)):
         assert Dialogue(module, "nsm").receive(whole[:end]) is None
@@ -270,7 +306,9 @@ def test_lengths_that_contradict_the_message(in_size: int) -> None:
 
 @given(st.sampled_from(sorted(WHOLE)), st.data())
 def test_damaged_messages(name: str, data: st.DataObject) -> None:
-    """Whatever comes, the reply is one or none, and never longer than the room that the kernel has for it."""
+    """Whatever comes, the reply is one or none, and never longer than the room that the kernel has
+    for it.
+    """
     damaged = bytearray(WHOLE[name])
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(4, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -357,7 +395,9 @@ def test_who_waits_at_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         with fake.make():
             fake.kernel.recv(4096)
             fake.kernel.send(waiting(2))
-            assert fake.ask(message(cuse.OPEN, bytes(8), 4))[1] == 4  # the other has been read before
+            assert (
+                fake.ask(message(cuse.OPEN, bytes(8), 4))[1] == 4
+            )  # the other has been read before
         assert opened(fake.kernel.recv(4096)) == (errno.EIO, 2, b"")
 
 
@@ -377,7 +417,16 @@ def test_a_kernel_that_hangs_up(monkeypatch: pytest.MonkeyPatch) -> None:
         fake.make()
 
 
-NO_DEVICES: Final = ["nsm", "/", "/dev/..", "/dev/a!b", "/dev/\u00e9", "/dev/ nsm", "/dev/a\nb", "/dev/" + "x" * 256]
+NO_DEVICES: Final = [
+    "nsm",
+    "/",
+    "/dev/..",
+    "/dev/a!b",
+    "/dev/\u00e9",
+    "/dev/ nsm",
+    "/dev/a\nb",
+    "/dev/" + "x" * 256,
+]
 
 
 @pytest.mark.parametrize("path", NO_DEVICES)
@@ -413,7 +462,9 @@ def test_serve_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(cuse, "CHANNEL", tmp_path / "cuse")
     done = CliRunner().invoke(cli, ["serve", "--device", "/dev/nitrosim-test"])
     assert done.exit_code == 1
-    assert re.fullmatch(r"nitrosim: error: cannot start: this kernel offers no device.*modprobe cuse\n", done.output)
+    assert re.fullmatch(
+        r"nitrosim: error: cannot start: this kernel offers no device.*modprobe cuse\n", done.output
+    )
     assert threading.active_count() == before
 
 
@@ -424,7 +475,10 @@ def test_what_a_container_is_told(enclave: Enclave) -> None:
         world = SimpleNamespace(folder=enclave.world.folder, device=Path(device))
         first, second = _container(world, environment)
         assert "any image" in first
-        assert f" --device {option} --volume {world.folder}:{world.folder} --env AWS_REGION IMAGE" in second
+        assert (
+            f" --device {option} --volume {world.folder}:{world.folder} --env AWS_REGION IMAGE"
+            in second
+        )
 
 
 def test_a_node_of_another_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -433,5 +487,8 @@ def test_a_node_of_another_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(cuse, "_CLASS", tmp_path)
     with pytest.raises(SimulatorError, match="another device"), cuse._node(Path("/dev/null")):
         pass
-    with pytest.raises(SimulatorError, match="cannot make /dev/absent"), cuse._node(Path("/dev/absent")):
+    with (
+        pytest.raises(SimulatorError, match="cannot make /dev/absent"),
+        cuse._node(Path("/dev/absent")),
+    ):
         pass

@@ -37,7 +37,9 @@ def run(code: str, *, user: int | None = None, path: Path = DEVICE) -> Any:
     """The JSON that a Python snippet prints in another process; `fd` is the open device."""
     start = f"{PRELUDE}\nfd = os.open({str(path)!r}, os.O_RDWR)\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, user=user, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, user=user, timeout=120
+    )
     assert done.stderr == ""
     return json.loads(done.stdout)
 
@@ -92,7 +94,9 @@ def test_a_program_in_c(device: CuseDevice, tmp_path: Path) -> None:
 def test_the_node(device: CuseDevice) -> None:
     status = DEVICE.stat()
     assert (stat.S_ISCHR(status.st_mode), stat.S_IMODE(status.st_mode)) == (True, 0o666)
-    assert run(f"print(json.dumps(ask(fd, bytes.fromhex({ATTESTATION!r}))[0]))", user=65534) == "done"
+    assert (
+        run(f"print(json.dumps(ask(fd, bytes.fromhex({ATTESTATION!r}))[0]))", user=65534) == "done"
+    )
 
 
 def test_answer_and_its_length() -> None:
@@ -160,7 +164,10 @@ def test_a_module_that_hangs_up() -> None:
 
 def test_after_fork_dup_and_exec_and_in_threads() -> None:
     asked = Answers()
-    child = "from nsm.device import Device; d = Device.__new__(Device); d._fd = int(__import__('sys').argv[1]);"
+    child = (
+        "from nsm.device import Device; d = Device.__new__(Device); d._fd = "
+        "int(__import__('sys').argv[1]);"
+    )
     child += "print(d._exchange('x', b'exec'))"
     code = f"""
         pid = os.fork()
@@ -236,7 +243,10 @@ def test_a_killed_caller_is_gone() -> None:
 
 
 def test_who_waits_at_the_end_is_told() -> None:
-    code = "fd = os.open('/dev/nsm', os.O_RDWR)\nprint('asking', flush=True)\nprint(ask(fd, b'x')[0])\n"
+    code = (
+        "fd = os.open('/dev/nsm', os.O_RDWR)\nprint('asking', flush=True)\nprint(ask(fd, "
+        "b'x')[0])\n"
+    )
     code += "print(ask(fd, b'x')[0])"
     with CuseDevice(Silent()) as device:
         process = python(code)
@@ -247,7 +257,10 @@ def test_who_waits_at_the_end_is_told() -> None:
     out, _ = process.communicate(timeout=20)
     waiting, after = out.split()
     assert waiting == "EIO"
-    assert after in {"ECONNABORTED", "ENOTCONN"}  # while the kernel takes the connection down, and when it has
+    assert after in {
+        "ECONNABORTED",
+        "ENOTCONN",
+    }  # while the kernel takes the connection down, and when it has
 
 
 def test_it_is_gone_after_the_end() -> None:
@@ -286,7 +299,16 @@ def test_a_node_outside_of_dev(device: CuseDevice, tmp_path: Path) -> None:
 
 def test_serve_with_a_device(tmp_path: Path) -> None:
     """A command finds all of it with the variables that `serve` prints, and without the shim."""
-    command = [sys.executable, "-m", "nitrosim.cli", "serve", "--device", "/dev/nsm", "--tag", "mpa-node=3"]
+    command = [
+        sys.executable,
+        "-m",
+        "nitrosim.cli",
+        "serve",
+        "--device",
+        "/dev/nsm",
+        "--tag",
+        "mpa-node=3",
+    ]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         lines: list[str] = []
@@ -295,10 +317,13 @@ def test_serve_with_a_device(tmp_path: Path) -> None:
         (tmp_path / "env").write_text("".join(lines))
         python = f"PYTHONPATH={ROOT} {sys.executable}"
         script = (
-            f". ./env; echo secret >secret; {python} -m attestor encrypt --key-id alias/nitrosim secret blob &&"
+            f". ./env; echo secret >secret; {python} -m attestor encrypt --key-id alias/nitrosim "
+            "secret blob &&"
             f" {python} -m attestor decrypt --any-key blob out"
         )
-        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         server.terminate()
     assert (done.returncode, done.stdout, done.stderr, server.returncode) == (0, "", "", 0)
     assert (tmp_path / "out").read_text() == "secret\n"
@@ -308,11 +333,17 @@ def test_serve_with_a_device(tmp_path: Path) -> None:
 
 
 def python(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", PRELUDE + code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
 
 
 def resident() -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    ]
     return int(line.split()[1])
 
 

@@ -24,7 +24,10 @@ SILENT_SUCCESS = Run(0, b"", "")
 
 def test_the_secret_lands_in_a_private_file_and_nothing_is_said(enclave: Enclave) -> None:
     enclave.place(enclave.encrypt())
-    command = f"umask 000; exec {sys.executable} -m attestor decrypt --any-key --region eu-west-1 blob out"
+    command = (
+        f"umask 000; exec {sys.executable} -m attestor decrypt --any-key --region "
+        "eu-west-1 blob out"
+    )
     assert enclave.run("sh", "-c", command) == SILENT_SUCCESS
     assert enclave.files() == {"blob", "out"}
     assert (enclave.folder / "out").read_bytes() == b"the secret"
@@ -34,7 +37,10 @@ def test_the_secret_lands_in_a_private_file_and_nothing_is_said(enclave: Enclave
 def test_a_umask_that_takes_everything_leaves_the_owner_his_file(enclave: Enclave) -> None:
     enclave.place(enclave.encrypt())
     assert (
-        enclave.run("sh", "-c", f"umask 777; exec {sys.executable} -m attestor decrypt --any-key blob out").status == 0
+        enclave.run(
+            "sh", "-c", f"umask 777; exec {sys.executable} -m attestor decrypt --any-key blob out"
+        ).status
+        == 0
     )
     assert stat.S_IMODE((enclave.folder / "out").stat().st_mode) == 0o600
 
@@ -58,8 +64,14 @@ def test_a_key_pinned_by_arn_brings_its_region_and_needs_no_warning(enclave: Enc
     enclave.place(enclave.encrypt())
     arn = enclave.world.kms.key_arn
     nowhere = {"AWS_REGION": None, "AWS_DEFAULT_REGION": None}
-    assert enclave.attestor("decrypt", "--key-id", arn, "blob", "out", environment=nowhere) == SILENT_SUCCESS
-    assert enclave.attestor("decrypt", "--key-id", arn.split("/")[1], "-f", "blob", "out") == SILENT_SUCCESS
+    assert (
+        enclave.attestor("decrypt", "--key-id", arn, "blob", "out", environment=nowhere)
+        == SILENT_SUCCESS
+    )
+    assert (
+        enclave.attestor("decrypt", "--key-id", arn.split("/")[1], "-f", "blob", "out")
+        == SILENT_SUCCESS
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--key-id", "alias/nitrosim")])
@@ -126,7 +138,9 @@ def test_a_grant_token_is_passed_on(enclave: Enclave) -> None:
 def test_the_checkout_runs_without_being_installed(enclave: Enclave) -> None:
     script = str(enclave.environment["PYTHONPATH"]) + "/attestor.py"
     enclave.place(enclave.encrypt())
-    assert enclave.run(sys.executable, script, "decrypt", "--any-key", "blob", "out") == SILENT_SUCCESS
+    assert (
+        enclave.run(sys.executable, script, "decrypt", "--any-key", "blob", "out") == SILENT_SUCCESS
+    )
 
 
 def test_a_terminal_is_refused_as_standard_output(enclave: Enclave) -> None:

@@ -1,10 +1,12 @@
-"""The deployment guide and the parent's side: every block that can run without AWS runs, in order, as it stands.
+"""The deployment guide and the parent's side: every block that can run without AWS runs, in order,
+as it stands.
 
-Where AWS's tools stand on a parent instance or build host, these tests put stand-ins on the PATH: small shell programs
-called `nitro-cli`, `aws` and `vsock-proxy` that write down their arguments and print what the test gave them. So what
-is tested here is how our scripts call those tools and what they do with the answers; that the tools themselves behave
-so is from their documentation. Hardware and KMS are nitrosim's. The services run under no systemd here: their files
-are verified, and the command of the status service runs over a Unix socket in the place of vsock.
+Where AWS's tools stand on a parent instance or build host, these tests put stand-ins on the PATH:
+small shell programs called `nitro-cli`, `aws` and `vsock-proxy` that write down their arguments and
+print what the test gave them. So what is tested here is how our scripts call those tools and what
+they do with the answers; that the tools themselves behave so is from their documentation. Hardware
+and KMS are nitrosim's. The services run under no systemd here: their files are verified, and the
+command of the status service runs over a Unix socket in the place of vsock.
 """
 
 from __future__ import annotations
@@ -42,7 +44,21 @@ SCRIPTS: Final = ("build-eif", "configure", "make-signing-key", "run-enclave", "
 UNITS: Final = ("attestor-vsock@.service", "attestor-socat@.service", "attestor-status.service")
 INSTANCE: Final = "i-0123456789abcdef0"
 PCR: Final = {f"PCR{index}": digit * 96 for index, digit in ((0, "a"), (1, "b"), (2, "c"))}
-HOSTILE: Final = ("", "-x", "a b", "a;id", "$(id)", "a'b", 'a"b', "a\nb", "../a", "*", "a,b", "x" * 300, "ü")
+HOSTILE: Final = (
+    "",
+    "-x",
+    "a b",
+    "a;id",
+    "$(id)",
+    "a'b",
+    'a"b',
+    "a\nb",
+    "../a",
+    "*",
+    "a,b",
+    "x" * 300,
+    "ü",
+)
 
 
 def blocks(info: str) -> list[str]:
@@ -51,29 +67,44 @@ def blocks(info: str) -> list[str]:
 
 
 class Host:
-    """A folder with stand-ins for AWS's tools on the PATH, and the scripts of the parent's side to run in it."""
+    """A folder with stand-ins for AWS's tools on the PATH, and the scripts of the parent's side to
+    run in it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tools = folder / "tools"
         self.tools.mkdir()
         path = f"{self.tools}:{Path(sys.executable).parent}:/usr/bin:/bin"
-        self.environment = {"PATH": path, "HOME": str(folder), "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+        self.environment = {
+            "PATH": path,
+            "HOME": str(folder),
+            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        }
         (folder / "enclave").symlink_to(ENCLAVE)
 
     def stand_in(self, tool: str, body: str = "") -> None:
-        """Put a program there that writes its arguments down, one JSON array a line, and then does `body`."""
+        """Put a program there that writes its arguments down, one JSON array a line, and then does
+        `body`.
+        """
         program = self.tools / tool
         record = (
-            f"import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(self.folder / tool)!r} + '.calls', 'a'))"
+            "import json, sys; print(json.dumps(sys.argv[1:]), "
+            f"file=open({str(self.folder / tool)!r} + '.calls', 'a'))"
         )
-        program.write_text(f'#!/bin/sh\n{shlex.quote(sys.executable)} -c {shlex.quote(record)} "$@"\n{body}\n')
+        program.write_text(
+            f'#!/bin/sh\n{shlex.quote(sys.executable)} -c {shlex.quote(record)} "$@"\n{body}\n'
+        )
         program.chmod(0o755)
 
     def calls(self, tool: str) -> list[list[str]]:
         """What the stand-in was called with."""
         record = self.folder / f"{tool}.calls"
-        return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+        return (
+            [json.loads(line) for line in record.read_text().splitlines()]
+            if record.exists()
+            else []
+        )
 
     def run(self, script: str, *arguments: str) -> Run:
         """Run a script of the parent's side."""
@@ -81,7 +112,12 @@ class Host:
 
     def command(self, *command: str) -> Run:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, check=False, timeout=300
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            check=False,
+            timeout=300,
         )
         return Run(done.returncode, done.stdout, done.stderr.decode())
 
@@ -95,19 +131,28 @@ class Host:
         return self.folder / name
 
     def builder(self, pcr8: str = "", after: str = "") -> None:
-        """A stand-in for nitro-cli build-enclave, which prints PCR0 to 2, and PCR8 if given, and then does `after`."""
+        """A stand-in for nitro-cli build-enclave, which prints PCR0 to 2, and PCR8 if given, and
+        then does `after`.
+        """
         listed = {"HashAlgorithm": "Sha384 { ... }"} | PCR | ({"PCR8": pcr8} if pcr8 else {})
         text = shlex.quote(json.dumps({"Measurements": listed}, indent=2))
         self.stand_in(
-            "nitro-cli", f"echo 'Start building the Enclave Image...' >&2\necho image > \"$5\"\necho {text}\n{after}"
+            "nitro-cli",
+            "echo 'Start building the Enclave Image...' >&2\necho image > \"$5\"\necho "
+            f"{text}\n{after}",
         )
 
     def runner(self, description: dict[str, Any] | None = None, status: int = 0) -> None:
         """A stand-in for nitro-cli describe-eif and run-enclave."""
-        described = shlex.quote(json.dumps({"IsSigned": False, "CheckCRC": True} | (description or {}), indent=2))
-        started = shlex.quote(json.dumps({"EnclaveName": "app", "EnclaveID": f"{INSTANCE}-enc1", "EnclaveCID": 16}))
+        described = shlex.quote(
+            json.dumps({"IsSigned": False, "CheckCRC": True} | (description or {}), indent=2)
+        )
+        started = shlex.quote(
+            json.dumps({"EnclaveName": "app", "EnclaveID": f"{INSTANCE}-enc1", "EnclaveCID": 16})
+        )
         self.stand_in(
-            "nitro-cli", f"case $1 in describe-eif) echo {described};; *) echo {started}; exit {status};; esac"
+            "nitro-cli",
+            f"case $1 in describe-eif) echo {described};; *) echo {started}; exit {status};; esac",
         )
 
     def eif(self, size: int = 1000) -> str:
@@ -131,14 +176,18 @@ def signed(first: str, last: str) -> dict[str, Any]:
 
 
 def test_the_guide_runs_as_it_stands(host: Host) -> None:
-    """In one shell and in order; the measurements are those of a stand-in for nitro-cli, as the guide says."""
+    """In one shell and in order; the measurements are those of a stand-in for nitro-cli, as the
+    guide says.
+    """
     host.builder()
     for name in ("app", "app-2"):
         assert host.run("build-eif", f"{name}:1", f"{name}.eif").status == 0
     host.builder()  # another build has another PCR0
     second = host.folder / "app-2.json"
     second.write_text(second.read_text().replace("a" * 96, "d" * 96))
-    script = "set -euo pipefail\n" + "".join(f"echo block {i} >&2\n{text}" for i, text in enumerate(blocks("sh"), 1))
+    script = "set -euo pipefail\n" + "".join(
+        f"echo block {i} >&2\n{text}" for i, text in enumerate(blocks("sh"), 1)
+    )
     run = host.command("bash", "-c", script)
     assert run.status == 0, run.err
     out = run.out.decode()
@@ -147,7 +196,10 @@ def test_the_guide_runs_as_it_stands(host: Host) -> None:
     assert "decision        allowed" in out
     assert "passed   clock" in out
     both = json.loads((host.folder / "both.json").read_text())["Statement"]
-    assert [part["Sid"] for part in both if part["Sid"].startswith("Enclave")] == ["Enclave1", "Enclave2"]
+    assert [part["Sid"] for part in both if part["Sid"].startswith("Enclave")] == [
+        "Enclave1",
+        "Enclave2",
+    ]
 
 
 def test_every_block_of_the_guide_says_whether_it_runs() -> None:
@@ -155,7 +207,9 @@ def test_every_block_of_the_guide_says_whether_it_runs() -> None:
     assert infos == {"", "sh", "sh not-run-here", "toml", "dockerfile"}
     assert "were **not run\nhere**, for lack of an AWS account" in GUIDE
     for text in blocks("sh"):
-        assert not re.search(r"^\s*(sudo |aws |nitro-cli |systemctl |docker |journalctl )", text, re.MULTILINE), text
+        assert not re.search(
+            r"^\s*(sudo |aws |nitro-cli |systemctl |docker |journalctl )", text, re.MULTILINE
+        ), text
 
 
 def test_commands_of_ours_that_are_not_run_have_the_options_that_they_use() -> None:
@@ -163,9 +217,15 @@ def test_commands_of_ours_that_are_not_run_have_the_options_that_they_use() -> N
     for line in "".join(blocks("sh not-run-here")).replace("\\\n", " ").splitlines():
         for command in re.findall(r"(?:enclave/parent/[a-z]|attestor )[^|&;#]*", line):
             words = shlex.split(command)
-            program = [str(PARENT / Path(words[0]).name)] if "/" in words[0] else [sys.executable, "-m", "attestor"]
+            program = (
+                [str(PARENT / Path(words[0]).name)]
+                if "/" in words[0]
+                else [sys.executable, "-m", "attestor"]
+            )
             names = [] if "/" in words[0] else words[1 : 3 if words[1] == "policy" else 2]
-            done = subprocess.run([*program, *names, "--help"], cwd=ROOT, capture_output=True, check=True, text=True)
+            done = subprocess.run(
+                [*program, *names, "--help"], cwd=ROOT, capture_output=True, check=True, text=True
+            )
             for option in (word for word in words if word.startswith("--")):
                 assert option in done.stdout, f"{option} of {command}"
 
@@ -220,8 +280,12 @@ def test_help_and_wrong_options(host: Host, script: str) -> None:
 
 
 def test_scripts_are_short_and_checked() -> None:
-    """All of them are among those that `make lint` gives to shellcheck; no function is longer than a screen."""
-    listed = re.search(r"\$\(addprefix enclave/parent/,([a-z. -]+)\)", (ROOT / "Makefile").read_text())
+    """All of them are among those that `make lint` gives to shellcheck; no function is longer than
+    a screen.
+    """
+    listed = re.search(
+        r"\$\(addprefix enclave/parent/,([a-z. -]+)\)", (ROOT / "Makefile").read_text()
+    )
     assert listed
     assert set(listed[1].split()) == {*SCRIPTS, "common.sh"}
     for name in (*SCRIPTS, "common.sh"):
@@ -263,14 +327,19 @@ def test_a_signing_key_is_private_and_its_pcr8_that_of_its_certificate(host: Hos
 def test_a_signing_key_is_never_overwritten(host: Host) -> None:
     before = {path.name: path.read_bytes() for path in host.sign().iterdir()}
     run = host.run("make-signing-key", "signing")
-    assert (run.status, run.err) == (1, "make-signing-key: error: signing exists, and nothing is overwritten\n")
+    assert (run.status, run.err) == (
+        1,
+        "make-signing-key: error: signing exists, and nothing is overwritten\n",
+    )
     assert {path.name: path.read_bytes() for path in (host.folder / "signing").iterdir()} == before
     (host.folder / "dangling").symlink_to("nowhere")
     assert host.run("make-signing-key", "dangling").status == 1
     assert host.names() == {"signing", "dangling"}
 
 
-@pytest.mark.parametrize("options", [("--days", "0"), ("--days", "3651"), ("--days", "1e3"), ("--days",)])
+@pytest.mark.parametrize(
+    "options", [("--days", "0"), ("--days", "3651"), ("--days", "1e3"), ("--days",)]
+)
 def test_days_that_cannot_be(host: Host, options: tuple[str, ...]) -> None:
     assert host.run("make-signing-key", "x", *options).status == 2
     assert host.names() == set()
@@ -293,7 +362,10 @@ def test_openssl_is_missing(host: Host) -> None:
         (host.tools / tool).symlink_to(shutil.which(tool) or "")
     host.environment["PATH"] = str(host.tools)
     run = host.run("make-signing-key", "signing")
-    assert (run.status, run.err) == (2, "make-signing-key: error: openssl is missing: install openssl\n")
+    assert (run.status, run.err) == (
+        2,
+        "make-signing-key: error: openssl is missing: install openssl\n",
+    )
 
 
 # ---- build-eif
@@ -302,11 +374,18 @@ def test_openssl_is_missing(host: Host) -> None:
 def test_a_signed_build(host: Host) -> None:
     pcr8 = (host.sign() / "pcr8").read_text().strip()
     host.builder(pcr8)
-    run = host.run("build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif")
+    run = host.run(
+        "build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif"
+    )
     assert run.status == 0, run.err
     (call,) = host.calls("nitro-cli")
     assert call[:4] == ["build-enclave", "--docker-uri", "app:1", "--output-file"]
-    assert call[5:] == ["--private-key", "signing/key.pem", "--signing-certificate", "signing/cert.pem"]
+    assert call[5:] == [
+        "--private-key",
+        "signing/key.pem",
+        "--signing-certificate",
+        "signing/cert.pem",
+    ]
     assert run.out == (host.folder / "app.json").read_bytes()
     assert measurements(run.out)[8].hex() == pcr8
     assert (host.folder / "app.eif").read_text() == "image\n"
@@ -323,14 +402,18 @@ def test_a_signed_build(host: Host) -> None:
         ("null", True),
     ],
 )
-def test_an_image_that_would_start_without_the_entrypoint(host: Host, command: str, noted: bool) -> None:
+def test_an_image_that_would_start_without_the_entrypoint(
+    host: Host, command: str, noted: bool
+) -> None:
     """nitro-cli starts CMD, whatever ENTRYPOINT says; `docker` is a stand-in too."""
     host.builder()
     host.stand_in("docker", f"echo {shlex.quote(command)}")
     run = host.run("build-eif", "app:1", "app.eif")
     assert run.status == 0, run.err
     assert (f"the image's CMD is {command}: nothing is injected" in run.err) is noted
-    assert host.calls("docker") == [["image", "inspect", "--format", "{{json .Config.Cmd}}", "app:1"]]
+    assert host.calls("docker") == [
+        ["image", "inspect", "--format", "{{json .Config.Cmd}}", "app:1"]
+    ]
 
 
 def test_the_next_command_is_one(host: Host) -> None:
@@ -364,7 +447,10 @@ def test_a_build_that_fails_leaves_nothing(host: Host, after: str, message: str)
 def test_measurements_that_are_none(host: Host) -> None:
     host.stand_in("nitro-cli", 'echo image > "$5"; echo "{}"')
     run = host.run("build-eif", "app:1", "app.eif")
-    assert (run.status, run.err) == (1, "build-eif: error: nitro-cli build-enclave printed no PCR0\n")
+    assert (run.status, run.err) == (
+        1,
+        "build-eif: error: nitro-cli build-enclave printed no PCR0\n",
+    )
     assert host.names() == {"nitro-cli.calls"}
 
 
@@ -372,9 +458,13 @@ def test_measurements_that_are_none(host: Host) -> None:
 def test_another_pcr8_than_the_certificate_gives(host: Host, pcr8: str) -> None:
     expected = (host.sign() / "pcr8").read_text().strip()
     host.builder(pcr8)
-    run = host.run("build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif")
+    run = host.run(
+        "build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif"
+    )
     assert run.status == 1
-    assert (f"says PCR8 {pcr8}, signing/cert.pem gives {expected}" if pcr8 else "printed no PCR8") in run.err
+    assert (
+        f"says PCR8 {pcr8}, signing/cert.pem gives {expected}" if pcr8 else "printed no PCR8"
+    ) in run.err
     assert host.names() == {"signing", "nitro-cli.calls"}
 
 
@@ -382,14 +472,18 @@ def test_an_expired_certificate_is_found_before_the_build(host: Host) -> None:
     folder = host.sign()
     issue(folder, "-not_before", "20200101000000Z", "-not_after", "20210101000000Z")
     host.builder()
-    run = host.run("build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif")
+    run = host.run(
+        "build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif"
+    )
     assert run.status == 1
     assert "signing/cert.pem expired on Jan  1 00:00:00 2021 GMT" in run.err
     assert host.calls("nitro-cli") == []
 
 
 def issue(folder: Path, *dates: str) -> None:
-    """Another certificate over the key of a folder, with dates as `openssl x509` of 3.4 would take them."""
+    """Another certificate over the key of a folder, with dates as `openssl x509` of 3.4 would take
+    them.
+    """
     from datetime import datetime
 
     from cryptography.hazmat.primitives import hashes, serialization
@@ -404,10 +498,14 @@ def issue(folder: Path, *dates: str) -> None:
 
 def test_a_certificate_of_tomorrow(host: Host) -> None:
     issue(host.sign(), "-not_before", "20990101000000Z", "-not_after", "21000101000000Z")
-    run = host.run("build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif")
+    run = host.run(
+        "build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif"
+    )
     assert run.status == 2  # nitro-cli is missing, which is found first
     host.builder()
-    run = host.run("build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif")
+    run = host.run(
+        "build-eif", "--key", "signing/key.pem", "--cert", "signing/cert.pem", "app:1", "app.eif"
+    )
     assert (run.status, host.calls("nitro-cli")) == (1, [])
     assert "is not valid before Jan  1 00:00:00 2099 GMT" in run.err
 
@@ -442,7 +540,10 @@ def test_nitro_cli_is_missing(host: Host) -> None:
     for arguments in (("build-eif", "app:1", "new.eif"), ("run-enclave", "app.eif")):
         run = host.run(*arguments)
         assert run.status == 2
-        assert "nitro-cli is missing: on Amazon Linux 2023, dnf install aws-nitro-enclaves-cli" in run.err
+        assert (
+            "nitro-cli is missing: on Amazon Linux 2023, dnf install aws-nitro-enclaves-cli"
+            in run.err
+        )
     assert host.names() == {"app.eif"}
 
 
@@ -458,10 +559,15 @@ def test_images_that_cannot_be(host: Host, image: str) -> None:
 
 def test_an_enclave_starts(host: Host) -> None:
     host.runner(signed("Jan  1 00:00:00 2020 GMT", "Jan  1 00:00:00 2099 GMT"))
-    run = host.run("run-enclave", "--cpus", "4", "--name", "app", "--cid", "16", host.eif(3 << 20 | 1))
+    run = host.run(
+        "run-enclave", "--cpus", "4", "--name", "app", "--cid", "16", host.eif(3 << 20 | 1)
+    )
     assert (run.status, run.out.decode()) == (0, f"{INSTANCE}-enc1\n")
     assert run.err == "run-enclave: note: status lines: journalctl -fu attestor-status\n"
-    start = "run-enclave --eif-path app.eif --cpu-count 4 --memory 13 --enclave-name app --enclave-cid 16"
+    start = (
+        "run-enclave --eif-path app.eif --cpu-count 4 --memory 13 --enclave-name app "
+        "--enclave-cid 16"
+    )
     assert host.calls("nitro-cli") == [["describe-eif", "--eif-path", "app.eif"], start.split()]
 
 
@@ -470,7 +576,10 @@ def test_memory_is_what_was_said(host: Host) -> None:
     run = host.run("run-enclave", "--memory", "512", host.eif())
     assert run.status == 0
     assert "app.eif is not signed: PCR8 will be zero" in run.err
-    assert host.calls("nitro-cli")[1] == "run-enclave --eif-path app.eif --cpu-count 2 --memory 512".split()
+    assert (
+        host.calls("nitro-cli")[1]
+        == "run-enclave --eif-path app.eif --cpu-count 2 --memory 512".split()
+    )
 
 
 def test_debug_mode_only_for_those_who_know(host: Host) -> None:
@@ -495,11 +604,16 @@ def test_debug_mode_only_for_those_who_know(host: Host) -> None:
             signed("Jan  1 00:00:00 2020 GMT", "Jan  1 00:00:00 2021 GMT"),
             "certificate of app.eif expired on Jan  1 00:00",
         ),
-        (signed("Jan  1 00:00:00 2099 GMT", "Jan  1 00:00:00 2100 GMT"), "certificate of app.eif is not valid before"),
+        (
+            signed("Jan  1 00:00:00 2099 GMT", "Jan  1 00:00:00 2100 GMT"),
+            "certificate of app.eif is not valid before",
+        ),
         (signed("whenever", "Jan  1 00:00:00 2100 GMT"), "valid from an unreadable date: whenever"),
     ],
 )
-def test_an_image_that_must_not_start(host: Host, description: dict[str, Any], message: str) -> None:
+def test_an_image_that_must_not_start(
+    host: Host, description: dict[str, Any], message: str
+) -> None:
     host.runner(description)
     run = host.run("run-enclave", host.eif())
     assert run.status == 1
@@ -542,7 +656,8 @@ def test_a_node_is_tagged(host: Host) -> None:
     options = "--http-endpoint enabled --http-tokens required --instance-metadata-tags enabled"
     assert host.calls("aws") == [
         ["ec2", "create-tags", "--region", "eu-west-1", "--resources", INSTANCE, "--tags", tags],
-        f"ec2 modify-instance-metadata-options --region eu-west-1 --instance-id {INSTANCE} {options}".split(),
+        f"ec2 modify-instance-metadata-options --region eu-west-1 --instance-id {INSTANCE} "
+        f"{options}".split(),
     ]
 
 
@@ -558,7 +673,8 @@ def test_a_failure_of_aws_stops(host: Host) -> None:
     run = host.run("tag-node", "--instance", INSTANCE, "3")
     assert run.status == 1
     assert run.err.endswith(
-        f"UnauthorizedOperation)\ntag-node: error: tag mpa-node of {INSTANCE} cannot be set (see above)\n"
+        f"UnauthorizedOperation)\ntag-node: error: tag mpa-node of {INSTANCE} cannot be set (see "
+        "above)\n"
     )
     assert len(host.calls("aws")) == 1
 
@@ -591,12 +707,23 @@ def configured(host: Host, *arguments: str) -> dict[str, dict[str, str]]:
     assert run.status == 0, run.err
     folder = host.folder / "etc" / "parent"
     services = {
-        path.stem: dict(line.split("=", 1) for line in path.read_text().splitlines()) for path in folder.glob("*.env")
+        path.stem: dict(line.split("=", 1) for line in path.read_text().splitlines())
+        for path in folder.glob("*.env")
     }
     allowed = yaml.safe_load((folder / "vsock-proxy.yaml").read_text())
-    reached = [(services[name]["HOST"], int(services[name]["TCP_PORT"])) for name in ("kms", "s3", "metadata")]
-    assert allowed == {"allowlist": [{"address": address, "port": port} for address, port in reached]}
-    assert {path.name for path in folder.iterdir()} == {"kms.env", "s3.env", "metadata.env", "vsock-proxy.yaml"}
+    reached = [
+        (services[name]["HOST"], int(services[name]["TCP_PORT"]))
+        for name in ("kms", "s3", "metadata")
+    ]
+    assert allowed == {
+        "allowlist": [{"address": address, "port": port} for address, port in reached]
+    }
+    assert {path.name for path in folder.iterdir()} == {
+        "kms.env",
+        "s3.env",
+        "metadata.env",
+        "vsock-proxy.yaml",
+    }
     return services
 
 
@@ -611,7 +738,9 @@ def configured(host: Host, *arguments: str) -> dict[str, dict[str, str]]:
 )
 def test_where_the_ports_lead(host: Host, region: str, suffix: str) -> None:
     services = configured(host, region)
-    assert {name: (one["VSOCK_PORT"], one["HOST"], one["TCP_PORT"]) for name, one in services.items()} == {
+    assert {
+        name: (one["VSOCK_PORT"], one["HOST"], one["TCP_PORT"]) for name, one in services.items()
+    } == {
         "kms": ("8000", f"kms.{region}.{suffix}", "443"),
         "s3": ("8001", f"s3.{region}.{suffix}", "443"),
         "metadata": ("8002", "169.254.169.254", "80"),
@@ -619,19 +748,29 @@ def test_where_the_ports_lead(host: Host, region: str, suffix: str) -> None:
 
 
 def test_endpoints_that_are_named(host: Host) -> None:
-    services = configured(host, "--kms-host", "kms-fips.us-east-1.amazonaws.com", "--connections", "64", "us-east-1")
+    services = configured(
+        host, "--kms-host", "kms-fips.us-east-1.amazonaws.com", "--connections", "64", "us-east-1"
+    )
     assert services["kms"]["HOST"] == "kms-fips.us-east-1.amazonaws.com"
     assert services["s3"]["HOST"] == "s3.us-east-1.amazonaws.com"
     assert {one["CONNECTIONS"] for one in services.values()} == {"64"}
-    assert configured(host, "--kms-host", "1", "--s3-host", "no", "us-isob-east-1")["kms"]["HOST"] == "1"
+    assert (
+        configured(host, "--kms-host", "1", "--s3-host", "no", "us-isob-east-1")["kms"]["HOST"]
+        == "1"
+    )
 
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_configurations_that_cannot_be(host: Host, value: str) -> None:
     assert host.run("configure", "--directory", "d", value).status == 2
-    assert host.run("configure", "--directory", "d", "--connections", value, "eu-west-1").status == 2
+    assert (
+        host.run("configure", "--directory", "d", "--connections", value, "eu-west-1").status == 2
+    )
     for option in ("--kms-host", "--s3-host"):
-        assert not value or host.run("configure", "--directory", "d", option, value, "eu-west-1").status == 2
+        assert (
+            not value
+            or host.run("configure", "--directory", "d", option, value, "eu-west-1").status == 2
+        )
     assert host.run("configure", "--directory", "d", "us-isob-east-1").status == 2
     assert host.names() == set()
 
@@ -649,12 +788,27 @@ def test_services_start_what_exists_and_may_do_little(host: Host, name: str) -> 
     else:
         assert used == set()
     if program == "/usr/bin/vsock-proxy":
-        assert arguments[:4] == ["-w", "${CONNECTIONS}", "--config", "/etc/attestor-enclave/vsock-proxy.yaml"]
-    for option in ("DynamicUser", "NoNewPrivileges", "MemoryDenyWriteExecute", "RestrictNamespaces", "PrivateTmp"):
+        assert arguments[:4] == [
+            "-w",
+            "${CONNECTIONS}",
+            "--config",
+            "/etc/attestor-enclave/vsock-proxy.yaml",
+        ]
+    for option in (
+        "DynamicUser",
+        "NoNewPrivileges",
+        "MemoryDenyWriteExecute",
+        "RestrictNamespaces",
+        "PrivateTmp",
+    ):
         assert service[option] == "yes"
     assert (service["ProtectSystem"], service["CapabilityBoundingSet"]) == ("strict", "")
     families = set(service["RestrictAddressFamilies"].split())
-    assert families == ({"AF_VSOCK", "AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"} if "@" in name else {"AF_VSOCK"})
+    assert families == (
+        {"AF_VSOCK", "AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"}
+        if "@" in name
+        else {"AF_VSOCK"}
+    )
 
 
 def test_one_of_a_pair_of_services_stops_the_other() -> None:
@@ -663,7 +817,9 @@ def test_one_of_a_pair_of_services_stops_the_other() -> None:
 
 
 def unit(name: str) -> configparser.ConfigParser:
-    parser = configparser.ConfigParser(interpolation=None, strict=True, delimiters="=", comment_prefixes="#")
+    parser = configparser.ConfigParser(
+        interpolation=None, strict=True, delimiters="=", comment_prefixes="#"
+    )
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # names in units have capitals
     parser.read_string((PARENT / name).read_text(encoding="utf-8"))
     return parser
@@ -681,20 +837,27 @@ def test_systemd_understands_the_services(host: Host) -> None:
         text = re.sub(r"/usr/bin/(vsock-proxy|socat)", rf"{host.tools}/\1", text)
         (folder / name.replace("@.", "@kms.")).write_text(text)
     units = sorted(str(path) for path in folder.iterdir())
-    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, check=False, text=True)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, check=False, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.fixture
 def status_service(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """The command of attestor-status, over a Unix socket: its path, and the file in the place of the journal."""
+    """The command of attestor-status, over a Unix socket: its path, and the file in the place of
+    the journal.
+    """
     if not shutil.which("socat"):
         pytest.skip("socat is not installed")
     door, journal = tmp_path / "door", tmp_path / "journal"
     command = unit("attestor-status.service")["Service"]["ExecStart"].replace(
         "VSOCK-LISTEN:8003", f"UNIX-LISTEN:{door}"
     )
-    with journal.open("wb") as output, subprocess.Popen(shlex.split(command), stdout=output) as process:
+    with (
+        journal.open("wb") as output,
+        subprocess.Popen(shlex.split(command), stdout=output) as process,
+    ):
         wait_for(door.exists)
         yield door, journal
         process.terminate()
@@ -725,7 +888,9 @@ def test_a_status_line_reaches_the_journal(status_service: tuple[Path, Path]) ->
 
 def test_a_long_status_line_is_cut(status_service: tuple[Path, Path]) -> None:
     door, journal = status_service
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other side may close before all is sent
+    with contextlib.suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # the other side may close before all is sent
         tell(door, b"x" * 1_000_000)
     wait_for(lambda: journal.read_bytes() == b"x" * 4096)
 

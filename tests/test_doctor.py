@@ -28,7 +28,9 @@ PARTS: Final = [name for name, _ in doctor.CHECKS]
 OTHER: Final = "cd" * 48
 
 
-def examine(enclave: Enclave, *options: str, **environment: str | None) -> tuple[int, dict[str, dict[str, str]]]:
+def examine(
+    enclave: Enclave, *options: str, **environment: str | None
+) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit status and the checks by name, of `doctor --json` for the simulator's key and root."""
     root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"], "--key-id", "alias/nitrosim"]
     run = enclave.attestor("doctor", "--json", *root, *options, environment=environment)
@@ -40,7 +42,9 @@ def examine(enclave: Enclave, *options: str, **environment: str | None) -> tuple
     return run.status, {check["check"]: check for check in shown["checks"]}
 
 
-def broken(found: tuple[int, dict[str, dict[str, str]]], status: int, part: str, *texts: str) -> None:
+def broken(
+    found: tuple[int, dict[str, dict[str, str]]], status: int, part: str, *texts: str
+) -> None:
     """Exactly this part failed, with a reason and a fix, and everything before it passed."""
     assert found[0] == status
     outcomes = {name: check["outcome"] for name, check in found[1].items()}
@@ -78,7 +82,9 @@ def test_the_report(enclave: Enclave) -> None:
 
 
 def test_no_device(enclave: Enclave) -> None:
-    broken(examine(enclave, LD_PRELOAD=None), 3, "device", "no Nitro Secure Module", "Nitro Enclave")
+    broken(
+        examine(enclave, LD_PRELOAD=None), 3, "device", "no Nitro Secure Module", "Nitro Enclave"
+    )
 
 
 def test_a_library_that_does_not_work(enclave: Enclave) -> None:
@@ -103,7 +109,9 @@ def test_a_library_that_does_not_work(enclave: Enclave) -> None:
         ("throttling", 5, "attested call", "ThrottlingException"),
     ],
 )
-def test_a_fault(enclaves: Callable[..., Enclave], fault: str, status: int, part: str, text: str) -> None:
+def test_a_fault(
+    enclaves: Callable[..., Enclave], fault: str, status: int, part: str, text: str
+) -> None:
     broken(examine(enclaves(faults=[fault]), AWS_MAX_ATTEMPTS="1"), status, part, text)
 
 
@@ -128,7 +136,9 @@ def test_nitrosim_skews_the_clock_on_demand(enclave: Enclave) -> None:
     run = enclave.run(*nitrosim, sys.executable, "-m", "attestor", "doctor")
     assert run.status == 4, run.err
     # a whole second of the Date header may pass on a busy machine
-    assert re.search(r"failed clock this clock is 7(199|200|201) s ahead of the endpoint's", text_of(run))
+    assert re.search(
+        r"failed clock this clock is 7(199|200|201) s ahead of the endpoint's", text_of(run)
+    )
 
 
 def test_a_clock_that_is_a_little_off_is_a_warning(enclaves: Callable[..., Enclave]) -> None:
@@ -138,7 +148,13 @@ def test_a_clock_that_is_a_little_off_is_a_warning(enclaves: Callable[..., Encla
 
 def test_wrong_pcrs(enclaves: Callable[..., Enclave]) -> None:
     enclave = enclaves(pcrs={0: bytes.fromhex(OTHER)})
-    broken(examine(enclave), 4, "attested call", "AccessDeniedException", "allows this role with these PCRs")
+    broken(
+        examine(enclave),
+        4,
+        "attested call",
+        "AccessDeniedException",
+        "allows this role with these PCRs",
+    )
     broken(examine(enclaves(debug=True)), 4, "attested call", "debug mode")
 
 
@@ -146,7 +162,13 @@ def test_credentials(enclave: Enclave) -> None:
     expired = examine(enclave, AWS_CREDENTIAL_EXPIRATION="2020-01-01T00:00:00Z")
     broken(expired, 4, "credentials", "expired", "renew them")
     nothing = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
-    broken(examine(enclave, **nothing), 4, "credentials", "no valid AWS credentials", "the parent must pass them on")
+    broken(
+        examine(enclave, **nothing),
+        4,
+        "credentials",
+        "no valid AWS credentials",
+        "the parent must pass them on",
+    )
     soon = (datetime.now(UTC) + timedelta(seconds=200)).isoformat()
     status, checks = examine(enclave, AWS_CREDENTIAL_EXPIRATION=soon)
     assert (status, checks["credentials"]["outcome"]) == (0, "warned")
@@ -160,14 +182,24 @@ def test_credentials_are_not_shown(enclave: Enclave) -> None:
     root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
     for secret in ("a-wrong-secret-key", enclave.world.kms.credentials.secret_key):
         run = enclave.attestor(
-            "doctor", *root, "--key-id", "alias/nitrosim", environment={"AWS_SECRET_ACCESS_KEY": secret}
+            "doctor",
+            *root,
+            "--key-id",
+            "alias/nitrosim",
+            environment={"AWS_SECRET_ACCESS_KEY": secret},
         )
         assert secret not in run.out.decode() + run.err
         assert enclave.world.kms.credentials.token not in run.out.decode()
 
 
 def test_no_region(enclave: Enclave) -> None:
-    broken(examine(enclave, AWS_REGION=None, AWS_DEFAULT_REGION=None), 2, "region", "no region", "--region")
+    broken(
+        examine(enclave, AWS_REGION=None, AWS_DEFAULT_REGION=None),
+        2,
+        "region",
+        "no region",
+        "--region",
+    )
 
 
 def test_an_insecure_endpoint(enclave: Enclave) -> None:
@@ -188,7 +220,13 @@ def test_a_refused_port(enclave: Enclave, refusing: int) -> None:
 
 
 def test_a_name_that_does_not_resolve(enclave: Enclave) -> None:
-    broken(examine(enclave, "--endpoint-url", "https://kms.invalid"), 5, "name", "kms.invalid", "--vsock")
+    broken(
+        examine(enclave, "--endpoint-url", "https://kms.invalid"),
+        5,
+        "name",
+        "kms.invalid",
+        "--vsock",
+    )
 
 
 def test_a_proxy_is_named(enclave: Enclave, refusing: int) -> None:
@@ -221,7 +259,9 @@ def test_another_key_and_another_context(enclaves: Callable[..., Enclave]) -> No
     enclave = enclaves()
     root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
     other = enclave.kms.create_key()["KeyMetadata"]["Arn"]
-    assert enclave.attestor("doctor", *root, "--key-id", other).status == 0  # its policy delegates to the account
+    assert (
+        enclave.attestor("doctor", *root, "--key-id", other).status == 0
+    )  # its policy delegates to the account
     absent = other[:-12] + "0" * 12
     run = enclave.attestor("doctor", *root, "--key-id", absent)
     assert run.status == 4
@@ -229,8 +269,12 @@ def test_another_key_and_another_context(enclaves: Callable[..., Enclave]) -> No
 
 
 def test_the_script_as_a_file(enclave: Enclave) -> None:
-    """As `python3 attestor.py` the module is __main__, and what doctor imports must be the same one."""
-    run = enclave.run(sys.executable, str(ROOT / "attestor.py"), "doctor", environment={"LD_PRELOAD": None})
+    """As `python3 attestor.py` the module is __main__, and what doctor imports must be the same
+    one.
+    """
+    run = enclave.run(
+        sys.executable, str(ROOT / "attestor.py"), "doctor", environment={"LD_PRELOAD": None}
+    )
     assert (run.status, run.err) == (3, "")
 
 
@@ -257,7 +301,9 @@ def test_a_pool_that_is_not_initialised(monkeypatch: pytest.MonkeyPatch) -> None
     def blocked(*_: int) -> bytes:
         raise BlockingIOError
 
-    monkeypatch.setattr(attestor, "_with_module", lambda _: [bytes(range(256)), bytes(range(255, -1, -1))])
+    monkeypatch.setattr(
+        attestor, "_with_module", lambda _: [bytes(range(256)), bytes(range(255, -1, -1))]
+    )
     monkeypatch.setattr("os.getrandom", blocked)
     assert "not initialised yet" in doctor._entropy(case_with()).reason
 

@@ -1,4 +1,6 @@
-"""Attestation documents: what parses, what verifies, and the one check that each wrong document fails."""
+"""Attestation documents: what parses, what verifies, and the one check that each wrong document
+fails.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,10 @@ def payload_of(pki: NsmPki, **changes: Any) -> dict[str, Any]:
 
 
 def sign(
-    key: ec.EllipticCurvePrivateKey, payload: bytes, protected: bytes = b"\xa1\x01\x38\x22", unprotected: Any = None
+    key: ec.EllipticCurvePrivateKey,
+    payload: bytes,
+    protected: bytes = b"\xa1\x01\x38\x22",
+    unprotected: Any = None,
 ) -> bytes:
     der = key.sign(cbor2.dumps(["Signature1", protected, b"", payload]), ec.ECDSA(hashes.SHA384()))
     signature = b"".join(part.to_bytes(48, "big") for part in decode_dss_signature(der))
@@ -100,7 +105,9 @@ def test_genuine_documents_verify_at_their_own_timestamp(path: Path) -> None:
     assert len(verified.chain) == 5
     assert verified.chain[0].subject == "CN=aws.nitro-enclaves,OU=AWS,O=Amazon,C=US"
     assert document.module_id in verified.chain[-1].subject
-    assert verified.chain[-1].not_after - verified.chain[-1].not_before == timedelta(hours=3, seconds=3)
+    assert verified.chain[-1].not_after - verified.chain[-1].not_before == timedelta(
+        hours=3, seconds=3
+    )
     assert path.stem.startswith(document.signed_at.strftime("%Y-%m-%d"))
 
 
@@ -172,7 +179,9 @@ def test_a_tagged_document_is_read(pki: NsmPki) -> None:
 def test_both_forms_of_the_payload_map_are_read(pki: NsmPki) -> None:
     definite = cbor2.dumps(payload_of(pki))
     assert definite[0] == 0xA9
-    document = verify(sign(pki.leaf_key, b"\xbf" + definite[1:] + b"\xff"), roots=[pki.root_sha256], at=NOW).document
+    document = verify(
+        sign(pki.leaf_key, b"\xbf" + definite[1:] + b"\xff"), roots=[pki.root_sha256], at=NOW
+    ).document
     assert document.pcrs == PCRS
 
 
@@ -330,7 +339,9 @@ def test_a_simulated_document_verifies(pki: NsmPki) -> None:
     verified = verify(signed(pki), roots=[pki.root_sha256], at=NOW)
     assert verified.root_sha256 == pki.root_sha256
     assert verified.at == NOW
-    assert [entry.not_before for entry in verified.chain] == [NOW - SHAPES[level].age for level in SHAPES]
+    assert [entry.not_before for entry in verified.chain] == [
+        NOW - SHAPES[level].age for level in SHAPES
+    ]
     assert verified.checks == CHECKS[:14]
     assert "debug_mode" in verified.checks
 
@@ -380,7 +391,9 @@ def test_r_and_s_are_not_exchangeable(pki: NsmPki) -> None:
     assert refusal(document[:-96] + document[-48:] + document[-96:-48], pki).check == "signature"
 
 
-@pytest.mark.parametrize("signature", [bytes(96), b"\xff" * 96, bytes(48) + b"\x01" * 48, b"\x01" * 48 + bytes(48)])
+@pytest.mark.parametrize(
+    "signature", [bytes(96), b"\xff" * 96, bytes(48) + b"\x01" * 48, b"\x01" * 48 + bytes(48)]
+)
 def test_degenerate_signatures_are_refused(pki: NsmPki, signature: bytes) -> None:
     assert refusal(signed(pki)[:-96] + signature, pki).check == "signature"
 
@@ -414,12 +427,16 @@ def test_an_issuer_of_the_right_name_must_have_signed(pki: NsmPki) -> None:
 @pytest.mark.parametrize("level", ["root", "regional", "zonal", "instance", "leaf"])
 def test_every_certificate_must_be_valid(pki: NsmPki, level: str) -> None:
     lifetime = SHAPES[level].lifetime
-    expired = NsmPki.generate(now=NOW, module_id=MODULE, changes={level: {"age": lifetime + timedelta(seconds=1)}})
+    expired = NsmPki.generate(
+        now=NOW, module_id=MODULE, changes={level: {"age": lifetime + timedelta(seconds=1)}}
+    )
     error = refusal(signed(expired), expired)
     assert error.check == "validity"
     assert level in str(error) or "cabundle" in str(error)
     assert "2026-03-04T05:06:07Z" in str(error)
-    future = NsmPki.generate(now=NOW, module_id=MODULE, changes={level: {"age": timedelta(seconds=-1)}})
+    future = NsmPki.generate(
+        now=NOW, module_id=MODULE, changes={level: {"age": timedelta(seconds=-1)}}
+    )
     assert refusal(signed(future), future).check == "validity"
 
 
@@ -457,10 +474,16 @@ def test_validity_includes_both_ends(pki: NsmPki) -> None:
     ],
     ids=[f"case{number}" for number in range(1, 18)],
 )
-def test_certificates_must_be_fit_for_their_place(changes: dict[str, dict[str, Any]], check: str) -> None:
+def test_certificates_must_be_fit_for_their_place(
+    changes: dict[str, dict[str, Any]], check: str
+) -> None:
     wrong = NsmPki.generate(now=NOW, module_id=MODULE, changes=changes)
     payload = cbor2.dumps(payload_of(wrong))
-    key = wrong.leaf_key if isinstance(wrong.leaf_key.curve, ec.SECP384R1) else ec.generate_private_key(ec.SECP384R1())
+    key = (
+        wrong.leaf_key
+        if isinstance(wrong.leaf_key.curve, ec.SECP384R1)
+        else ec.generate_private_key(ec.SECP384R1())
+    )
     error = refusal(sign(key, payload), wrong)
     assert error.check == check
 
@@ -473,7 +496,9 @@ def test_longer_path_lengths_are_fine() -> None:
 def test_a_leaf_signed_with_sha256_is_refused(pki: NsmPki) -> None:
     instance, leaf = pki.levels["instance"], pki.levels["leaf"].certificate
     builder = (
-        x509.CertificateBuilder(issuer_name=leaf.issuer, subject_name=leaf.subject, public_key=leaf.public_key())
+        x509.CertificateBuilder(
+            issuer_name=leaf.issuer, subject_name=leaf.subject, public_key=leaf.public_key()
+        )
         .serial_number(1)
         .not_valid_before(leaf.not_valid_before_utc)
         .not_valid_after(leaf.not_valid_after_utc)
@@ -496,7 +521,9 @@ def test_an_rsa_leaf_is_refused(pki: NsmPki) -> None:
     leaf = pki.levels["leaf"].certificate
     key = rsa.generate_private_key(65537, 2048)
     certificate = (
-        x509.CertificateBuilder(issuer_name=leaf.issuer, subject_name=leaf.subject, public_key=key.public_key())
+        x509.CertificateBuilder(
+            issuer_name=leaf.issuer, subject_name=leaf.subject, public_key=key.public_key()
+        )
         .serial_number(1)
         .not_valid_before(leaf.not_valid_before_utc)
         .not_valid_after(leaf.not_valid_after_utc)
@@ -513,7 +540,10 @@ def test_an_rsa_leaf_is_refused(pki: NsmPki) -> None:
 def test_unreadable_certificates_are_refused(pki: NsmPki, junk: bytes) -> None:
     assert refusal(signed(pki, certificate=junk), pki).check == "certificates"
     assert refusal(signed(pki, cabundle=[pki.root_der, junk]), pki).check == "certificates"
-    assert refusal(signed(pki, cabundle=[junk]), pki, roots=[hashlib.sha256(junk).digest()]).check == "certificates"
+    assert (
+        refusal(signed(pki, cabundle=[junk]), pki, roots=[hashlib.sha256(junk).digest()]).check
+        == "certificates"
+    )
 
 
 @pytest.mark.parametrize("offset", [timedelta(hours=-1), timedelta(hours=4)])
@@ -534,7 +564,10 @@ def test_debug_mode_is_refused_unless_allowed(pki: NsmPki) -> None:
         checks = verify(document, roots=[pki.root_sha256], at=NOW, expect=ANY).checks
         assert "debug_mode" not in checks
     assert (
-        refusal(signed(pki, pcrs={0: bytes(48)}), pki, expect=Expectations(pcrs={0: bytes(48)})).check == "debug_mode"
+        refusal(
+            signed(pki, pcrs={0: bytes(48)}), pki, expect=Expectations(pcrs={0: bytes(48)})
+        ).check
+        == "debug_mode"
     )
 
 
@@ -552,7 +585,9 @@ def test_debug_mode_is_refused_unless_allowed(pki: NsmPki) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_expectations_name_both_sides(pki: NsmPki, expect: Expectations, check: str, got: str, wanted: str) -> None:
+def test_expectations_name_both_sides(
+    pki: NsmPki, expect: Expectations, check: str, got: str, wanted: str
+) -> None:
     error = refusal(signed(pki), pki, expect=expect)
     assert error.check == check
     assert got in str(error)
@@ -568,7 +603,9 @@ def test_met_expectations_are_listed(pki: NsmPki) -> None:
         module_id=MODULE,
         max_age=timedelta(minutes=1),
     )
-    verified = verify(signed(pki, user_data=b""), roots=[pki.root_sha256], at=NOW, now=NOW, expect=expect)
+    verified = verify(
+        signed(pki, user_data=b""), roots=[pki.root_sha256], at=NOW, now=NOW, expect=expect
+    )
     assert verified.checks == CHECKS
 
 
@@ -576,7 +613,9 @@ def test_age_counts_from_the_real_now_in_both_directions(pki: NsmPki) -> None:
     expect = Expectations(max_age=timedelta(minutes=5))
     for minutes in (-5, 0, 5):
         now = NOW + timedelta(minutes=minutes)
-        assert verify(signed(pki), roots=[pki.root_sha256], at=NOW, now=now, expect=expect).at == NOW
+        assert (
+            verify(signed(pki), roots=[pki.root_sha256], at=NOW, now=now, expect=expect).at == NOW
+        )
     for minutes in (-6, 6):
         error = refusal(signed(pki), pki, now=NOW + timedelta(minutes=minutes), expect=expect)
         assert error.check == "max_age"
@@ -609,13 +648,23 @@ def test_certificates_and_signature_stay_out_of_the_repr(pki: NsmPki) -> None:
 
 
 def test_importing_nsm_does_not_import_cryptography() -> None:
-    code = "import sys, nsm; sys.exit(any(name.partition('.')[0] == 'cryptography' for name in sys.modules))"
+    code = (
+        "import sys, nsm; sys.exit(any(name.partition('.')[0] == 'cryptography' for name in "
+        "sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---- anything at all
 
-_LEAVES = st.none() | st.booleans() | st.integers() | st.binary(max_size=60) | st.text(max_size=20) | st.floats()
+_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.binary(max_size=60)
+    | st.text(max_size=20)
+    | st.floats()
+)
 _ITEMS = st.recursive(
     _LEAVES,
     lambda items: st.lists(items, max_size=4) | st.dictionaries(_LEAVES, items, max_size=4),
@@ -630,22 +679,33 @@ def test_arbitrary_bytes_raise_only_document_errors(data: bytes) -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["module_id", "timestamp", "pcrs", "certificate", "cabundle", "nonce"]), _ITEMS)
+@given(
+    st.sampled_from(["module_id", "timestamp", "pcrs", "certificate", "cabundle", "nonce"]), _ITEMS
+)
 def test_arbitrary_fields_raise_only_document_errors(name: str, value: object) -> None:
-    payload = cbor2.dumps({"module_id": "i", "digest": "SHA384", "timestamp": 1, "pcrs": {0: bytes(48)}, name: value})
+    payload = cbor2.dumps(
+        {"module_id": "i", "digest": "SHA384", "timestamp": 1, "pcrs": {0: bytes(48)}, name: value}
+    )
     with pytest.raises(DocumentError):
         AttestationDocument.parse(cbor2.dumps([b"", {}, payload, bytes(96)]))
 
 
 @pytest.mark.parametrize("mask", [0x01, 0xFF])
 def test_damaged_certificates_raise_only_document_errors(pki: NsmPki, mask: int) -> None:
-    """A hostile document is signed by the leaf that it brings, so its certificates reach the parser as they are."""
+    """A hostile document is signed by the leaf that it brings, so its certificates reach the parser
+    as they are.
+    """
     for position, der in ((None, pki.leaf_der), (1, pki.cabundle[1])):
         damaged = bytearray(der)
         for index in range(len(damaged)):
             damaged[index] ^= mask
-            bundle = [bytes(damaged) if number == position else good for number, good in enumerate(pki.cabundle)]
-            document = signed(pki, cabundle=bundle, certificate=pki.leaf_der if position else bytes(damaged))
+            bundle = [
+                bytes(damaged) if number == position else good
+                for number, good in enumerate(pki.cabundle)
+            ]
+            document = signed(
+                pki, cabundle=bundle, certificate=pki.leaf_der if position else bytes(damaged)
+            )
             # one may verify: the unused bits of the signature's BIT STRING are not signed
             with contextlib.suppress(DocumentError):
                 verify(document, roots=[pki.root_sha256], at=NOW)

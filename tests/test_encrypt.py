@@ -1,4 +1,6 @@
-"""`attestor encrypt`, and messages of the AWS Encryption SDK: ours, other programs', and hostile ones."""
+"""`attestor encrypt`, and messages of the AWS Encryption SDK: ours, other programs', and hostile
+ones.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,13 @@ def test_what_encrypt_makes_decrypt_opens(enclave: Enclave, size: int) -> None:
 def test_a_message_through_pipes_with_a_part_of_its_context(enclave: Enclave) -> None:
     key = ["--key-id", enclave.world.kms.key_arn]
     contexts = ["--context", "node=3", "--context", "stage=x"]
-    made = enclave.attestor("encrypt", *key, *contexts, "--format", "esdk", "-", "-", stdin=b"the secret")
+    made = enclave.attestor(
+        "encrypt", *key, *contexts, "--format", "esdk", "-", "-", stdin=b"the secret"
+    )
     assert (made.status, made.err) == (0, "")
-    run = enclave.attestor("decrypt", *key, "--signed", "--context", "stage=x", "-", "-", stdin=made.out)
+    run = enclave.attestor(
+        "decrypt", *key, "--signed", "--context", "stage=x", "-", "-", stdin=made.out
+    )
     assert run == Run(0, b"the secret", "")
     assert enclave.files() == set()
 
@@ -60,12 +66,20 @@ def test_a_message_through_pipes_with_a_part_of_its_context(enclave: Enclave) ->
 def test_a_key_by_its_id_and_any_key(enclave: Enclave) -> None:
     key_id = enclave.world.kms.key_arn.split("/")[1]
     enclave.place(b"the secret", "plain")
-    assert enclave.attestor("encrypt", "--key-id", "alias/nitrosim", "--format", "esdk", "plain", "blob") == DONE
+    assert (
+        enclave.attestor(
+            "encrypt", "--key-id", "alias/nitrosim", "--format", "esdk", "plain", "blob"
+        )
+        == DONE
+    )
     assert enclave.attestor("decrypt", "--key-id", key_id, "blob", "out") == DONE
     assert enclave.decrypt("--force") == DONE
     other = enclave.kms.create_key()["KeyMetadata"]["Arn"]
     run = enclave.attestor("decrypt", "--key-id", other, "blob", "other")
-    assert (run.status, run.error) == (4, f"message of the AWS Encryption SDK has no data key under key {other}")
+    assert (run.status, run.error) == (
+        4,
+        f"message of the AWS Encryption SDK has no data key under key {other}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +106,9 @@ def test_what_cannot_be(enclave: Enclave, arguments: list[str], status: int, par
     assert enclave.files() == {"plain", "empty", "large"}
 
 
-def test_the_operator_needs_no_permission_that_could_decrypt(enclaves: Callable[..., Enclave]) -> None:
+def test_the_operator_needs_no_permission_that_could_decrypt(
+    enclaves: Callable[..., Enclave],
+) -> None:
     principal = "arn:aws:iam::111122223333:role/operator"
     policy = default_policy(principal, bytes(47) + b"\1")  # attested operations need another image
     enclave = enclaves(principal=principal, key_policy=policy)
@@ -123,7 +139,9 @@ def test_without_the_package_it_is_said_what_is_missing(enclave: Enclave) -> Non
     (enclave.folder / "aws_encryption_sdk.py").write_text("raise ImportError", encoding="utf-8")
     enclave.place(bytes(5000), "plain")
     path = f"{enclave.folder}:{ROOT}"
-    run = enclave.attestor("encrypt", "--key-id", ARN, "plain", "out", environment={"PYTHONPATH": path})
+    run = enclave.attestor(
+        "encrypt", "--key-id", ARN, "plain", "out", environment={"PYTHONPATH": path}
+    )
     assert run.status == 2
     assert "need the package aws-encryption-sdk" in run.error
 
@@ -152,7 +170,8 @@ def test_messages_of_other_programs(enclaves: Callable[..., Enclave], frame_leng
         "import aws_encryption_sdk, botocore.session, attestor\n"
         "session = attestor.attested(botocore.session.Session())\n"
         f"arns = [{enclave.world.kms.key_arn!r}]\n"
-        "keys = aws_encryption_sdk.StrictAwsKmsMasterKeyProvider(botocore_session=session, key_ids=arns)\n"
+        "keys = aws_encryption_sdk.StrictAwsKmsMasterKeyProvider(botocore_session=session, "
+        "key_ids=arns)\n"
         "client = aws_encryption_sdk.EncryptionSDKClient()\n"
         "message, header = client.encrypt(source=b'0123456789' * 1000, key_provider=keys,\n"
         f"    encryption_context={CONTEXT!r}, frame_length={frame_length})\n"
@@ -183,7 +202,11 @@ class Safe:
 
     def decrypt(self, parameters: dict[str, Any]) -> dict[str, Any]:
         plaintext, context = self.kept.get(parameters["CiphertextBlob"], (b"", {}))
-        if not plaintext or context != parameters["EncryptionContext"] or parameters["KeyId"] != ARN:
+        if (
+            not plaintext
+            or context != parameters["EncryptionContext"]
+            or parameters["KeyId"] != ARN
+        ):
             raise RefusedError("InvalidCiphertextException")
         return {"Plaintext": plaintext}
 
@@ -219,14 +242,20 @@ class Wrapping(esdk._Wrapping):
             if self.algorithm.signing_algorithm_info is None:
                 made.signing_key = None
                 made.encryption_context = request.encryption_context
-            key, provider = made.data_encryption_key.data_key[: self.algorithm.kdf_input_len], made.data_encryption_key
+            key, provider = (
+                made.data_encryption_key.data_key[: self.algorithm.kdf_input_len],
+                made.data_encryption_key,
+            )
             answer = SAFE.encrypt({"Plaintext": key, "EncryptionContext": made.encryption_context})
             wrapped = EncryptedDataKey(provider.key_provider, answer["CiphertextBlob"])
             made.data_encryption_key = DataKey(provider.key_provider, key, answer["CiphertextBlob"])
             made.encrypted_data_keys = {wrapped}
         for _ in range(self.data_keys - 1):
             provider = MasterKeyInfo("aws-kms", ARN)
-            made.encrypted_data_keys = {*made.encrypted_data_keys, EncryptedDataKey(provider, os.urandom(9))}
+            made.encrypted_data_keys = {
+                *made.encrypted_data_keys,
+                EncryptedDataKey(provider, os.urandom(9)),
+            }
         return made
 
 
@@ -239,7 +268,9 @@ def opened(data: bytes, **options: Any) -> bytes:
 
 
 def first_frame(made: bytes) -> int:
-    """Where the body starts: behind frame length (1024), commitment (32 bytes) and authentication tag (16)."""
+    """Where the body starts: behind frame length (1024), commitment (32 bytes) and authentication
+    tag (16).
+    """
     return made.index(struct.pack(">I", 1024)) + 4 + 32 + 16
 
 
@@ -382,7 +413,13 @@ def test_nothing_is_released_before_the_header_is_authentic() -> None:
 
 def test_reserved_names_of_the_context() -> None:
     with pytest.raises(InputError, match="own"):
-        esdk.encrypt(io.BytesIO(b"x"), lambda _: None, SAFE.encrypt, key_id=ARN, context={"aws-crypto-public-key": "x"})
+        esdk.encrypt(
+            io.BytesIO(b"x"),
+            lambda _: None,
+            SAFE.encrypt,
+            key_id=ARN,
+            context={"aws-crypto-public-key": "x"},
+        )
 
 
 def test_it_is_read_in_small_pieces() -> None:
@@ -400,6 +437,8 @@ def test_it_is_read_in_small_pieces() -> None:
     sizes: list[int] = []
     made = message(PLAINTEXT * 40)
     stream = Counting(made)
-    esdk.decrypt(stream, lambda piece: sizes.append(len(piece)), SAFE.decrypt, key_id=ARN, context=CONTEXT)
+    esdk.decrypt(
+        stream, lambda piece: sizes.append(len(piece)), SAFE.decrypt, key_id=ARN, context=CONTEXT
+    )
     assert sum(sizes) == len(PLAINTEXT) * 40
     assert max(itertools.chain(sizes, [Counting.largest])) <= 2048

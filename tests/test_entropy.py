@@ -1,4 +1,6 @@
-"""The kernel's random pool: mixed before the key is made, credited only where nothing else could be."""
+"""The kernel's random pool: mixed before the key is made, credited only where nothing else could
+be.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +30,27 @@ class Pool:
         self.file.touch()
         self.credits: list[tuple[int, Any]] = []
         monkeypatch.setattr(nsm.entropy, "RANDOM", str(self.file))
-        monkeypatch.setattr(fcntl, "ioctl", lambda _, command, argument: self.credits.append((command, argument)))
+        monkeypatch.setattr(
+            fcntl, "ioctl", lambda _, command, argument: self.credits.append((command, argument))
+        )
 
 
 def blocking(*_: object) -> NoReturn:
     raise BlockingIOError
 
 
-def test_an_initialised_pool_is_mixed_and_not_credited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_initialised_pool_is_mixed_and_not_credited(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pool = Pool(monkeypatch, tmp_path)
     assert mix_into_kernel(RANDOMNESS) is False
     assert pool.file.read_bytes() == RANDOMNESS
     assert pool.credits == []
 
 
-def test_a_pool_that_is_not_initialised_is_credited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_pool_that_is_not_initialised_is_credited(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pool = Pool(monkeypatch, tmp_path)
     monkeypatch.setattr(os, "getrandom", blocking)
     assert mix_into_kernel(RANDOMNESS) is True
@@ -50,7 +58,9 @@ def test_a_pool_that_is_not_initialised_is_credited(monkeypatch: pytest.MonkeyPa
     assert pool.credits == [(RNDADDENTROPY, struct.pack("ii", 2048, 256) + RANDOMNESS)]
 
 
-def test_a_missing_node_or_privilege_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_node_or_privilege_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     Pool(monkeypatch, tmp_path)
     monkeypatch.setattr(os, "getrandom", blocking)
 
@@ -86,4 +96,10 @@ note(nsm.Nsm, "attest")
 attestor.Recipient().document()
 """
     run = enclave.run(sys.executable, "-c", program)
-    assert run.out.split() == [b"random", b"mix_into_kernel", b"256", b"generate_private_key", b"attest"]
+    assert run.out.split() == [
+        b"random",
+        b"mix_into_kernel",
+        b"256",
+        b"generate_private_key",
+        b"attest",
+    ]

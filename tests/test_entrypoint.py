@@ -67,10 +67,14 @@ class Image:
                 (self.bin / applet).symlink_to(busybox)
             (self.bin / "setpriv").unlink(missing_ok=True)
         (self.bin / "setpriv").symlink_to(SETPRIV)
-        self.program("attestor", f'#!/bin/sh\necho "$@" >>{self._calls}\nexec {sys.executable} -m attestor "$@"\n')
+        self.program(
+            "attestor",
+            f'#!/bin/sh\necho "$@" >>{self._calls}\nexec {sys.executable} -m attestor "$@"\n',
+        )
         telling = (
             f"#!{sys.executable}\nimport importlib.machinery, sys\nsys.dont_write_bytecode = True\n"
-            f"module = importlib.machinery.SourceFileLoader('tell', {str(TELL_PARENT)!r}).load_module()\n"
+            "module = importlib.machinery.SourceFileLoader('tell', "
+            f"{str(TELL_PARENT)!r}).load_module()\n"
             f"told = open({str(self._log)!r}, 'ab')\n"
             "module.send = lambda address, text: told.write(address.encode() + b' ' + text)\n"
             "module.main(sys.argv[1:])\n"
@@ -93,11 +97,17 @@ class Image:
         (self.bin / name).chmod(0o755)
 
     def run(
-        self, *program: str, environment: Mapping[str, str | None] | None = None, prefix: Iterable[str] = ()
+        self,
+        *program: str,
+        environment: Mapping[str, str | None] | None = None,
+        prefix: Iterable[str] = (),
     ) -> Run:
         """Run the entrypoint; a variable of None is not there."""
         path = str(self.bin) if self.shell == "busybox" else f"{self.bin}:{os.environ['PATH']}"
-        shell = [shutil.which(self.shell) or self.shell, *(["sh"] if self.shell == "busybox" else [])]
+        shell = [
+            shutil.which(self.shell) or self.shell,
+            *(["sh"] if self.shell == "busybox" else []),
+        ]
         inside: Environment = {
             "PATH": path,
             "AWS_REGION": None,
@@ -132,16 +142,24 @@ class Image:
 
 
 @pytest.fixture(params=SHELLS)
-def images(request: pytest.FixtureRequest, enclaves: Callable[..., Enclave]) -> Iterator[Callable[..., Image]]:
+def images(
+    request: pytest.FixtureRequest, enclaves: Callable[..., Enclave]
+) -> Iterator[Callable[..., Image]]:
     """Makes images under each shell, with these options of World; the node's tag is 3."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)  # unlike pytest's folders: the program is another user
-        yield lambda **options: Image(enclaves(**{"tags": {"mpa-node": "3"}, **options}), request.param, Path(folder))
+        yield lambda **options: Image(
+            enclaves(**{"tags": {"mpa-node": "3"}, **options}), request.param, Path(folder)
+        )
 
 
 def lines(run: Run) -> list[str]:
     """What the entrypoint itself said."""
-    return [line.removeprefix("entrypoint: ") for line in run.err.splitlines() if line.startswith("entrypoint: ")]
+    return [
+        line.removeprefix("entrypoint: ")
+        for line in run.err.splitlines()
+        if line.startswith("entrypoint: ")
+    ]
 
 
 def ended(image: Image, run: Run, step: str, status: int) -> None:
@@ -151,7 +169,10 @@ def ended(image: Image, run: Run, step: str, status: int) -> None:
     assert [line for line in lines(run) if "error" not in line] == [
         *(f"{name}: ok" for name in before), f"{step}: status {status}, attempt 1"
     ]  # fmt: skip
-    assert [(line["step"], line["status"]) for line in image.told] == [*((name, 0) for name in before), (step, status)]
+    assert [(line["step"], line["status"]) for line in image.told] == [
+        *((name, 0) for name in before),
+        (step, status),
+    ]
     assert image.placed() == set()
 
 
@@ -160,11 +181,19 @@ def ended(image: Image, run: Run, step: str, status: int) -> None:
 
 def test_all_steps_and_the_program(images: Callable[..., Image]) -> None:
     image = images()
-    run = image.run("sh", "-c", 'cat "$ATTESTOR_SECRETS/key"; echo "$NODE $AWS_REGION $1"; exit 42', "sh", "a  b")
+    run = image.run(
+        "sh",
+        "-c",
+        'cat "$ATTESTOR_SECRETS/key"; echo "$NODE $AWS_REGION $1"; exit 42',
+        "sh",
+        "a  b",
+    )
     assert (run.status, run.out) == (42, b"the secret3 eu-west-1 a  b\n"), run.err
     assert lines(run) == [f"{step}: ok" for step in (*STEPS, "program")]
     assert [line["step"] for line in image.told] == [*STEPS, "program"]
-    assert {(line["version"], line["status"], line["attempt"]) for line in image.told} == {(1, 0, 1)}
+    assert {(line["version"], line["status"], line["attempt"]) for line in image.told} == {
+        (1, 0, 1)
+    }
     network, module, *_, inject, program = image.told
     assert network.keys() == {"version", "step", "status", "attempt"}
     world = image.enclave.world.module
@@ -193,14 +222,22 @@ def test_the_program_has_no_privileges(images: Callable[..., Image]) -> None:
     assert set(status["Uid"].split()) == {str(USER.pw_uid)}
     assert set(status["Gid"].split()) == {str(USER.pw_gid)}
     if AS_ROOT:
-        groups = {group.gr_gid for group in grp.getgrall() if USER.pw_name in group.gr_mem} | {USER.pw_gid}
+        groups = {group.gr_gid for group in grp.getgrall() if USER.pw_name in group.gr_mem} | {
+            USER.pw_gid
+        }
         assert set(status["Groups"].split()) == {str(group) for group in groups}
-        assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+        assert {
+            int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+        } == {0}
 
 
 def test_the_environment_of_the_program(images: Callable[..., Image]) -> None:
     image = images()
-    secret: Environment = {"AWS_BEARER_TOKEN_X": "x", "AWS_CONTAINER_AUTHORIZATION_TOKEN": "x", "KEPT": "a\nb"}
+    secret: Environment = {
+        "AWS_BEARER_TOKEN_X": "x",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN": "x",
+        "KEPT": "a\nb",
+    }
     run = image.run("sh", "-c", "env; ulimit -c; ls /proc/self/fd | wc -l", environment=secret)
     *_, core, descriptors = run.out.decode().split()
     assert (core, descriptors) == ("0", "4")  # 0, 1, 2 and the folder that ls reads
@@ -243,7 +280,9 @@ def test_a_missing_tag(images: Callable[..., Image]) -> None:
     image = images(tags={})
     run = image.run("true")
     ended(image, run, "node", 4)
-    assert "the instance has no tag mpa-node, or tags are not enabled in instance metadata" in run.err
+    assert (
+        "the instance has no tag mpa-node, or tags are not enabled in instance metadata" in run.err
+    )
     assert "modify-instance-metadata-options" in run.err
 
 
@@ -258,7 +297,12 @@ def test_another_image(images: Callable[..., Image]) -> None:
 
 def test_no_module(images: Callable[..., Image]) -> None:
     image = images()
-    ended(image, image.run("true", environment={"LD_PRELOAD": None, "NITROSIM_NSM_SOCKET": None}), "module", 3)
+    ended(
+        image,
+        image.run("true", environment={"LD_PRELOAD": None, "NITROSIM_NSM_SOCKET": None}),
+        "module",
+        3,
+    )
 
 
 def test_kms_that_is_not_there(images: Callable[..., Image]) -> None:
@@ -288,11 +332,16 @@ def test_a_service_that_comes_later(images: Callable[..., Image]) -> None:
         credentials=image.enclave.world.kms.credentials, tags={"mpa-node": "3"},
     )  # fmt: skip
     with HttpServer(flaky) as started:
-        later: Environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": started.url, "ATTESTOR_DEADLINE": "60"}
+        later: Environment = {
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": started.url,
+            "ATTESTOR_DEADLINE": "60",
+        }
         run = image.run("true", environment=later)
     assert run.status == 0, run.err
     assert lines(run)[2:4] == ["region: status 5, attempt 1", "region: ok"]
-    assert [(line["status"], line["attempt"]) for line in image.told if line["step"] == "region"] == [(5, 1), (0, 2)]
+    assert [
+        (line["status"], line["attempt"]) for line in image.told if line["step"] == "region"
+    ] == [(5, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("name", ["absent", "region", "inject"])
@@ -312,7 +361,9 @@ def test_a_program_that_cannot_be_executed(images: Callable[..., Image]) -> None
 
 
 def test_what_is_taken_from_the_program_is_what_inject_takes() -> None:
-    unset = re.search(r"^    unset (AWS_[A-Z0-9_ \\\n]+)$", ENTRYPOINT.read_text(encoding="utf-8"), re.MULTILINE)
+    unset = re.search(
+        r"^    unset (AWS_[A-Z0-9_ \\\n]+)$", ENTRYPOINT.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert unset
     assert set(unset[1].replace("\\", " ").split()) == CREDENTIALS
 
@@ -371,7 +422,9 @@ def test_a_configuration_that_is_none(images: Callable[..., Image], text: str) -
         ("ATTESTOR_STATUS_PORT", "8003\n8004"),
     ],
 )
-def test_a_setting_of_the_environment_that_cannot_be(images: Callable[..., Image], name: str, value: str) -> None:
+def test_a_setting_of_the_environment_that_cannot_be(
+    images: Callable[..., Image], name: str, value: str
+) -> None:
     image = images()
     run = image.run("true", environment={name: value})
     assert (run.status, run.out) == (2, b"")
@@ -403,7 +456,9 @@ def test_a_hostile_tag(images: Callable[..., Image], value: str) -> None:
     assert image.placed() == set()
 
 
-@pytest.mark.parametrize("value", ["eu-west-1\nkms.example", "127.0.0.1 evil", "$(touch pwned)", "eu-west-1/../x", "x"])
+@pytest.mark.parametrize(
+    "value", ["eu-west-1\nkms.example", "127.0.0.1 evil", "$(touch pwned)", "eu-west-1/../x", "x"]
+)
 def test_a_hostile_region(images: Callable[..., Image], value: str) -> None:
     image = images()
     service = MetadataService(
@@ -425,8 +480,12 @@ def test_native_vsock(images: Callable[..., Image]) -> None:
     calls = image.enclave.folder / "calls"
     for name, answer in (("attestor", "eu-west-1"), ("ip", "")):
         (image.bin / name).unlink(missing_ok=True)
-        image.program(name, f'#!/bin/sh\necho "{name} $*" >>{calls}\n[ "$1" = inject ] || echo {answer}\n')
-    run = image.run("true", environment={"ATTESTOR_NETWORK": "vsock", "ATTESTOR_S3_PORT": "9", "NODE": "3"})
+        image.program(
+            name, f'#!/bin/sh\necho "{name} $*" >>{calls}\n[ "$1" = inject ] || echo {answer}\n'
+        )
+    run = image.run(
+        "true", environment={"ATTESTOR_NETWORK": "vsock", "ATTESTOR_S3_PORT": "9", "NODE": "3"}
+    )
     assert run.status == 0, run.err
     work = image.secrets / ".entrypoint"
     ways = "--vsock 3:8000 --imds-vsock 3:8002 --s3-vsock 3:9"
@@ -435,7 +494,10 @@ def test_native_vsock(images: Callable[..., Image]) -> None:
         "attestor describe --json",
         "attestor metadata --imds-vsock 3:8002 placement/region",
         "attestor metadata --imds-vsock 3:8002 tags/instance/mpa-node",
-        f"attestor inject {ways} --receipt {work}/receipt.json {image.enclave.folder}/manifest.toml",
+        (
+            f"attestor inject {ways} --receipt {work}/receipt.json "
+            f"{image.enclave.folder}/manifest.toml"
+        ),
     ]
 
 
@@ -443,7 +505,9 @@ def namespaces() -> bool:
     """Whether this process may have a network and mounts of its own."""
     return (
         bool(AS_ROOT and shutil.which("socat") and shutil.which("unshare"))
-        and not subprocess.run(["unshare", "-nm", "true"], check=False, capture_output=True).returncode
+        and not subprocess.run(
+            ["unshare", "-nm", "true"], check=False, capture_output=True
+        ).returncode
     )
 
 
@@ -455,10 +519,23 @@ if namespaces():  # the virtual machine's test runs it everywhere, and to its en
         if image.shell == "busybox":
             (image.bin / "socat").symlink_to(shutil.which("socat") or "")
         show = f"cp /proc/net/tcp {image.enclave.folder}/listening; exit 4"
-        image.program("attestor", f'#!/bin/sh\n[ "$1" != inject ] || {{ {show}; }}\necho cn-north-1\n')
-        network: Environment = {"ATTESTOR_NETWORK": "socat", "ATTESTOR_HOSTS": "a.example=8010 b.example=8011"}
+        image.program(
+            "attestor", f'#!/bin/sh\n[ "$1" != inject ] || {{ {show}; }}\necho cn-north-1\n'
+        )
+        network: Environment = {
+            "ATTESTOR_NETWORK": "socat",
+            "ATTESTOR_HOSTS": "a.example=8010 b.example=8011",
+        }
         command = f'mount --bind {hosts} /etc/hosts && exec "$@"'
-        prefix = [shutil.which("unshare") or "unshare", "-nmpf", "--kill-child", "/bin/sh", "-c", command, "sh"]
+        prefix = [
+            shutil.which("unshare") or "unshare",
+            "-nmpf",
+            "--kill-child",
+            "/bin/sh",
+            "-c",
+            command,
+            "sh",
+        ]
         assert image.run("true", environment=network, prefix=prefix).status == 4
         assert hosts.read_text(encoding="utf-8").splitlines() == [
             "127.0.0.1 localhost",
@@ -506,20 +583,37 @@ def told(tmp_path: Path, evidence: object = None, messages: str = "", *arguments
 def test_the_line_of_a_receipt_and_of_a_description(tmp_path: Path) -> None:
     base = {"version": 1, "step": "inject", "status": 0}
     assert told(tmp_path) == base
-    entries = [{"request_id": ID.format(1), "target": "/secret"}, {"kind": "file"}, {"request_id": ID.format(2)}]
+    entries = [
+        {"request_id": ID.format(1), "target": "/secret"},
+        {"kind": "file"},
+        {"request_id": ID.format(2)},
+    ]
     receipt = {"module_id": "i-0-enc0", "pcrs": {"0": PCR, "1": "0" * 96}, "entries": entries}
     ids = f"{ID.format(1)} {ID.format(2)}"
-    assert told(tmp_path, receipt) == base | {"request_id": ids, "module_id": "i-0-enc0", "pcrs": {"0": PCR}}
-    description = {"module_id": "i-0-enc0", "pcrs": {"0": {"value": PCR, "locked": True}, "31": {"value": "00" * 48}}}
+    assert told(tmp_path, receipt) == base | {
+        "request_id": ids,
+        "module_id": "i-0-enc0",
+        "pcrs": {"0": PCR},
+    }
+    description = {
+        "module_id": "i-0-enc0",
+        "pcrs": {"0": {"value": PCR, "locked": True}, "31": {"value": "00" * 48}},
+    }
     assert told(tmp_path, description) == base | {"module_id": "i-0-enc0", "pcrs": {"0": PCR}}
 
 
 def test_the_request_id_of_a_refusal(tmp_path: Path) -> None:
     message = (
-        f"attestor: error: KMS refused: (request id {ID.format(1)}) x\nattestor: note: (request id {ID.format(2)})\n"
+        f"attestor: error: KMS refused: (request id {ID.format(1)}) x\nattestor: note: "
+        f"(request id {ID.format(2)})\n"
     )
     assert told(tmp_path, None, message)["request_id"] == ID.format(2)
-    for other in ("(request id none)", "(request id ../x)", ID.format(1), f"(request id {ID.format(1).upper()})"):
+    for other in (
+        "(request id none)",
+        "(request id ../x)",
+        ID.format(1),
+        f"(request id {ID.format(1).upper()})",
+    ):
         assert "request_id" not in told(tmp_path, None, other)
 
 
@@ -530,7 +624,16 @@ def test_the_request_id_of_a_refusal(tmp_path: Path) -> None:
         3,
         "x",
         {"pcrs": []},
-        {"pcrs": {"0": "zz" * 48, "99": PCR, "-1": PCR, "1": PCR.upper(), "2": [PCR], "3": PCR + "0a"}},
+        {
+            "pcrs": {
+                "0": "zz" * 48,
+                "99": PCR,
+                "-1": PCR,
+                "1": PCR.upper(),
+                "2": [PCR],
+                "3": PCR + "0a",
+            }
+        },
         {"module_id": "a b"},
         {"module_id": 3},
         {"module_id": "x" * 129},
@@ -577,7 +680,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe{")
     (tmp_path / "deep").write_text("[" * 100000, encoding="utf-8")
     for path in ("absent", ".", "binary", "deep"):
-        line = tell.line(["step=node", "--evidence", str(tmp_path / path), "--messages", str(tmp_path / path)])
+        line = tell.line(
+            ["step=node", "--evidence", str(tmp_path / path), "--messages", str(tmp_path / path)]
+        )
         assert line == b'{"version":1,"step":"node"}\n'
 
 
@@ -620,5 +725,7 @@ def test_the_line_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_silent_and_content_when_nobody_listens() -> None:
-    done = subprocess.run([TELL_PARENT, "4242:1", "step=network"], capture_output=True, check=False, timeout=30)
+    done = subprocess.run(
+        [TELL_PARENT, "4242:1", "step=network"], capture_output=True, check=False, timeout=30
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

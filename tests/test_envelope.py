@@ -1,4 +1,6 @@
-"""The envelope parser: real KMS answers, our own forms, second opinions, and everything that is not one."""
+"""The envelope parser: real KMS answers, our own forms, second opinions, and everything that is not
+one.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,21 @@ def test_real_envelopes_open(vectors: Path, name: str) -> None:
 
 @pytest.fixture(params=[*FORMS, *NAMES])
 def sample(request: pytest.FixtureRequest) -> tuple[bytes, rsa.RSAPrivateKey, bytes]:
-    """Envelope, key and plaintext: of each form of ours, and of the real service where they are at hand."""
+    """Envelope, key and plaintext: of each form of ours, and of the real service where they are at
+    hand.
+    """
     if request.param in FORMS:
-        return seal(b"the secret in two blocks", SPKI, request.param), KEY, b"the secret in two blocks"
+        return (
+            seal(b"the secret in two blocks", SPKI, request.param),
+            KEY,
+            b"the secret in two blocks",
+        )
     return load(request.getfixturevalue("vectors"), request.param)
 
 
-def test_another_key_and_every_truncation_are_refused(sample: tuple[bytes, rsa.RSAPrivateKey, bytes]) -> None:
+def test_another_key_and_every_truncation_are_refused(
+    sample: tuple[bytes, rsa.RSAPrivateKey, bytes],
+) -> None:
     envelope, key, _ = sample
     with pytest.raises(EnvelopeError):
         open_envelope(envelope, OTHER_KEY)
@@ -72,7 +82,9 @@ def test_another_key_and_every_truncation_are_refused(sample: tuple[bytes, rsa.R
 
 
 def unprotected(envelope: bytes) -> set[int]:
-    """Where the initialisation vector and the encrypted content stand, as asn1crypto sees it; CBC protects neither."""
+    """Where the initialisation vector and the encrypted content stand, as asn1crypto sees it; CBC
+    protects neither.
+    """
     info = cms.ContentInfo.load(envelope)["content"]["encrypted_content_info"]
     start = envelope.index(info["content_encryption_algorithm"]["parameters"].native)
     positions = set(range(start, start + 16))
@@ -83,7 +95,9 @@ def unprotected(envelope: bytes) -> set[int]:
 
 
 def _chunks(data: bytes) -> list[bytes]:
-    """The contents of the primitives in the encrypted content: [0] alone, or OCTET STRINGs inside it."""
+    """The contents of the primitives in the encrypted content: [0] alone, or OCTET STRINGs inside
+    it.
+    """
     tag, length, head = data[0], data[1], 2
     if length > 0x80:
         head += length & 0x7F
@@ -127,9 +141,22 @@ def test_every_form_opens_and_two_others_agree(form: str, length: int, tmp_path:
     info = cms.ContentInfo.load(envelope, strict=True)
     assert info["content_type"].native == "enveloped_data"
     assert len(info["content"]["recipient_infos"]) == 1
-    (tmp_path / "key.pem").write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    openssl = ["openssl", "cms", "-decrypt", "-binary", "-inform", "DER", "-inkey", str(tmp_path / "key.pem")]
-    assert subprocess.run(openssl, input=envelope, capture_output=True, check=True).stdout == plaintext
+    (tmp_path / "key.pem").write_bytes(
+        KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    openssl = [
+        "openssl",
+        "cms",
+        "-decrypt",
+        "-binary",
+        "-inform",
+        "DER",
+        "-inkey",
+        str(tmp_path / "key.pem"),
+    ]
+    assert (
+        subprocess.run(openssl, input=envelope, capture_output=True, check=True).stdout == plaintext
+    )
 
 
 @pytest.mark.parametrize("name", MALFORMED)

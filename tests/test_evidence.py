@@ -44,7 +44,9 @@ def command(*arguments: str) -> Run:
 
 
 def report(run: Run) -> str:
-    """The report of a success: nothing on stderr, and no line too long for a terminal of 100 columns."""
+    """The report of a success: nothing on stderr, and no line too long for a terminal of 100
+    columns.
+    """
     assert (run.status, run.err) == (0, "")
     text = run.out.decode()
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -92,7 +94,12 @@ def test_a_genuine_document_has_expired_today(genuine: str) -> None:
 
 @pytest.mark.parametrize("genuine", DOCUMENTS, indirect=True)
 def test_an_image_must_be_expected_or_any_be_meant(genuine: str) -> None:
-    refused(command("verify", "--at", "document", *debug(genuine), genuine), 2, "no PCR is expected", "--any-image")
+    refused(
+        command("verify", "--at", "document", *debug(genuine), genuine),
+        2,
+        "no PCR is expected",
+        "--any-image",
+    )
 
 
 @pytest.mark.parametrize("genuine", DOCUMENTS, indirect=True)
@@ -106,11 +113,18 @@ def test_debug_mode_must_be_allowed(genuine: str) -> None:
 
 @pytest.mark.parametrize("genuine", DOCUMENTS[-1:], indirect=True)
 def test_a_genuine_document_meets_its_pcrs_in_both_encodings(genuine: str) -> None:
-    shown = json.loads(command("verify", "--at", "document", "--any-image", "--json", "--base64", genuine).out)
+    shown = json.loads(
+        command("verify", "--at", "document", "--any-image", "--json", "--base64", genuine).out
+    )
     assert shown["pcr_encoding"] == "base64"
     for value in (shown["pcrs"]["0"], base64.b64decode(shown["pcrs"]["0"]).hex()):
         report(command("verify", "--at", "document", "--pcr", f"0={value}", genuine))
-    refused(command("verify", "--at", "document", "--pcr", f"0={PCR0}", genuine), 6, "PCR0 is", f"expected {PCR0}")
+    refused(
+        command("verify", "--at", "document", "--pcr", f"0={PCR0}", genuine),
+        6,
+        "PCR0 is",
+        f"expected {PCR0}",
+    )
 
 
 def test_the_vectors_are_those_that_are_tested(vectors: Path) -> None:
@@ -134,7 +148,11 @@ def verify(enclave: Enclave, *options: str) -> Run:
 def test_a_document_holds_the_fields_that_were_given(enclave: Enclave) -> None:
     enclave.place(b"\x00a key", "key")
     document = attest(enclave, "--nonce", "00ff", "--user-data", "", "--public-key", "@key")
-    assert (document.nonce, document.user_data, document.public_key) == (b"\x00\xff", b"", b"\x00a key")
+    assert (document.nonce, document.user_data, document.public_key) == (
+        b"\x00\xff",
+        b"",
+        b"\x00a key",
+    )
     document = attest(enclave)
     assert (document.nonce, document.user_data, document.public_key) == (None, None, None)
 
@@ -175,7 +193,9 @@ def test_fields_that_the_module_does_not_take(enclave: Enclave) -> None:
 
 def test_attest_and_describe_outside_an_enclave(enclave: Enclave) -> None:
     outside = {"LD_PRELOAD": None}
-    refused(enclave.attestor("attest", "document", environment=outside), 3, "no Nitro Secure Module")
+    refused(
+        enclave.attestor("attest", "document", environment=outside), 3, "no Nitro Secure Module"
+    )
     refused(enclave.attestor("describe", environment=outside), 3, "no Nitro Secure Module")
     assert enclave.files() == set()
 
@@ -183,7 +203,8 @@ def test_attest_and_describe_outside_an_enclave(enclave: Enclave) -> None:
 def test_a_fresh_document_verifies_now(enclave: Enclave) -> None:
     attest(enclave, "--nonce", "0123", "--user-data", "45", "--public-key", "67")
     measurements = {
-        "Measurements": {"HashAlgorithm": "Sha384 { ... }"} | {f"PCR{n}": DEFAULT_PCRS[n].hex() for n in range(3)}
+        "Measurements": {"HashAlgorithm": "Sha384 { ... }"}
+        | {f"PCR{n}": DEFAULT_PCRS[n].hex() for n in range(3)}
     }
     enclave.place(json.dumps(measurements).encode(), "build.json")
     text = report(
@@ -197,7 +218,9 @@ def test_a_fresh_document_verifies_now(enclave: Enclave) -> None:
     assert "  pcrs              passed: 0, 1, 2, 8\n" in text
     assert "nonce           2 bytes: 0123\n" in text
     for index in (0, 1, 2, 4, 8):
-        assert f"  PCR{index}   {meaning(index)}\n         {DEFAULT_PCRS[index].hex()[:48]}\n" in text
+        assert (
+            f"  PCR{index}   {meaning(index)}\n         {DEFAULT_PCRS[index].hex()[:48]}\n" in text
+        )
 
 
 @pytest.mark.parametrize(
@@ -214,14 +237,21 @@ def test_a_fresh_document_verifies_now(enclave: Enclave) -> None:
         (["--any-image", "--at", "2999-01-01T00:00:00+02:00"], "validity"),
     ],
 )
-def test_a_document_that_says_something_else(enclave: Enclave, options: list[str], part: str) -> None:
+def test_a_document_that_says_something_else(
+    enclave: Enclave, options: list[str], part: str
+) -> None:
     attest(enclave, "--nonce", "0123")
     refused(verify(enclave, *options), 6, part)
 
 
 def test_a_simulated_document_does_not_lead_to_the_root_of_aws(enclave: Enclave) -> None:
     attest(enclave)
-    refused(command("verify", "--any-image", str(enclave.folder / "document")), 6, "document refused, root", "--root")
+    refused(
+        command("verify", "--any-image", str(enclave.folder / "document")),
+        6,
+        "document refused, root",
+        "--root",
+    )
 
 
 def test_the_root_may_be_pem(enclave: Enclave, tmp_path: Path) -> None:
@@ -238,7 +268,9 @@ def test_an_old_document_is_told_by_its_age(enclave: Enclave) -> None:
     attest(enclave)
     soon = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()
     report(verify(enclave, "--any-image", "--max-age", "60", "--at", soon))
-    refused(verify(enclave, "--any-image", "--max-age", "0.001"), 6, "max age: document was signed at")
+    refused(
+        verify(enclave, "--any-image", "--max-age", "0.001"), 6, "max age: document was signed at"
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,20 +302,35 @@ def test_an_option_of_verify_that_cannot_be(options: list[str], part: str) -> No
 def test_measurements_of_a_debug_enclave_are_refused(tmp_path: Path) -> None:
     enclaves = [{"Flags": "DEBUG_MODE", "Measurements": {"PCR0": PCR0}}]
     (tmp_path / "enclaves.json").write_text(json.dumps(enclaves))
-    refused(command("verify", "--measurements", str(tmp_path / "enclaves.json"), "document"), 2, "debug mode")
+    refused(
+        command("verify", "--measurements", str(tmp_path / "enclaves.json"), "document"),
+        2,
+        "debug mode",
+    )
 
 
-@pytest.mark.parametrize("data", [b"", b"\x84", base64.b64encode(bytes(99)), bytes(20000), bytes(300000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x84", base64.b64encode(bytes(99)), bytes(20000), bytes(300000)]
+)
 def test_what_is_no_document(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "document").write_bytes(data)
     run = command("verify", "--any-image", str(tmp_path / "document"))
-    refused(run, 2 if len(data) > 262144 else 6, "longer than" if len(data) > 262144 else "document refused, format")
+    refused(
+        run,
+        2 if len(data) > 262144 else 6,
+        "longer than" if len(data) > 262144 else "document refused, format",
+    )
 
 
 def test_a_document_from_standard_input_and_one_that_is_not_there(enclave: Enclave) -> None:
     document = enclave.attestor("attest", "-").out
     run = enclave.attestor(
-        "verify", "--any-image", "--root", enclave.environment["NITROSIM_NSM_ROOT"], "-", stdin=document
+        "verify",
+        "--any-image",
+        "--root",
+        enclave.environment["NITROSIM_NSM_ROOT"],
+        "-",
+        stdin=document,
     )
     assert DEFAULT_MODULE_ID in report(run)
     refused(command("verify", "--any-image", "absent"), 2, "document absent cannot be read")
@@ -369,7 +416,9 @@ def test_describe_names_debug_mode(enclaves: Callable[..., Enclave]) -> None:
     assert "  PCR0   image\n         all zeros\n" in text
 
 
-def test_a_report_with_all_fields_and_an_application_pcr_fits(enclaves: Callable[..., Enclave]) -> None:
+def test_a_report_with_all_fields_and_an_application_pcr_fits(
+    enclaves: Callable[..., Enclave],
+) -> None:
     enclave = enclaves(pcrs={16: bytes(range(48)), 31: bytes(range(48))})
     attest(enclave, "--nonce", "ab" * 1024, "--user-data", "cd" * 1024, "--public-key", "ef" * 1024)
     assert "1024 bytes: abab" in report(verify(enclave, "--any-image"))
@@ -385,7 +434,12 @@ def test_names_cannot_steer_a_terminal() -> None:
 
 def test_the_pcrs_that_were_compared_are_named(enclave: Enclave) -> None:
     attest(enclave)
-    options = [part for index in range(16) if index != 3 for part in ("--pcr", f"{index}={DEFAULT_PCRS[index].hex()}")]
+    options = [
+        part
+        for index in range(16)
+        if index != 3
+        for part in ("--pcr", f"{index}={DEFAULT_PCRS[index].hex()}")
+    ]
     assert "passed: 0, 1, 2, 4, 5, 6" in report(verify(enclave, *options))
     assert "  pcrs              not asked\n" in report(verify(enclave, "--any-image"))
 

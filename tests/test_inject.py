@@ -50,14 +50,21 @@ class Manifest:
 
     def encrypt(self, plaintext: bytes, node: str = "3") -> bytes:
         """A ciphertext bound to a node."""
-        answer = self.kms.encrypt(KeyId="alias/nitrosim", Plaintext=plaintext, EncryptionContext={"node": node})
+        answer = self.kms.encrypt(
+            KeyId="alias/nitrosim", Plaintext=plaintext, EncryptionContext={"node": node}
+        )
         blob: bytes = answer["CiphertextBlob"]
         return blob
 
     def secret(self, name: str, plaintext: bytes = b"the secret", **keys: Any) -> Manifest:
         """A secret of a ciphertext in a file of its own, bound to node 3."""
         source = self.enclave.folder / self.enclave.place(self.encrypt(plaintext), f"{name}.enc")
-        keys = {"source": str(source), "target": str(self.run / name), "context": {"node": "3"}, **keys}
+        keys = {
+            "source": str(source),
+            "target": str(self.run / name),
+            "context": {"node": "3"},
+            **keys,
+        }
         return self.add("secret", **keys)
 
     def inject(self, *arguments: str, environment: dict[str, str | None] | None = None) -> Run:
@@ -102,13 +109,28 @@ def test_secrets_and_files_of_every_source(manifest: Manifest) -> None:
     context = {"node": "3"}
     manifest.secret("a", b"from a file", mode="0640")
     manifest.add(source="s3://bucket/b.enc", target=f"{manifest.run}/b", context=context)
-    manifest.add(source=f"{enclave.world.url}/bucket/b.enc", target=f"{manifest.run}/c", context=context)
+    manifest.add(
+        source=f"{enclave.world.url}/bucket/b.enc", target=f"{manifest.run}/c", context=context
+    )
     sha256 = hashlib.sha256(b"x = 1\n").hexdigest()
     url = f"{enclave.world.url}/web/app.toml"
-    manifest.add("file", source=url, target=f"{manifest.run}/d", sha256=sha256, mode="0644", world_readable=True)
+    manifest.add(
+        "file",
+        source=url,
+        target=f"{manifest.run}/d",
+        sha256=sha256,
+        mode="0644",
+        world_readable=True,
+    )
     manifest.add("file", source=url, target=f"{manifest.run}/e", unauthenticated=True)
     assert manifest.inject() == DONE
-    expected = {"a": b"from a file", "b": b"from S3", "c": b"from S3", "d": b"x = 1\n", "e": b"x = 1\n"}
+    expected = {
+        "a": b"from a file",
+        "b": b"from S3",
+        "c": b"from S3",
+        "d": b"x = 1\n",
+        "e": b"x = 1\n",
+    }
     assert manifest.placed() == expected
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in manifest.run.iterdir()}
     assert modes == {"a": 0o640, "b": 0o600, "c": 0o600, "d": 0o644, "e": 0o600}
@@ -164,7 +186,9 @@ def test_fifty_secrets_with_one_document_and_few_connections(manifest: Manifest)
     receipt = json.loads((enclave.folder / "receipt").read_bytes())
     assert receipt["module_id"].startswith("i-")
     assert receipt["pcrs"]["0"] == enclave.world.module.pcrs[0].hex()
-    assert [entry["bytes"] for entry in receipt["entries"]] == [len(node) for node in blobs] + [len(large)]
+    assert [entry["bytes"] for entry in receipt["entries"]] == [len(node) for node in blobs] + [
+        len(large)
+    ]
     assert len({entry["request_id"] for entry in receipt["entries"]}) == 50
     assert {entry["key_id"] for entry in receipt["entries"]} == {enclave.world.kms.key_arn}
     assert all(hashlib.sha256(value).hexdigest() not in run.err for value in (b"1", large))
@@ -188,7 +212,12 @@ def test_any_secret_that_fails_leaves_the_folder_as_it_was(manifest: Manifest, n
     for one in range(1, 11):
         context = {"node": "4"} if one == number else {"node": "3"}
         manifest.secret(f"s{one}", context=context)
-    refused(manifest, manifest.inject(), 4, f"/run/s{number}: KMS refused to decrypt: InvalidCiphertextException")
+    refused(
+        manifest,
+        manifest.inject(),
+        4,
+        f"/run/s{number}: KMS refused to decrypt: InvalidCiphertextException",
+    )
     (manifest.run / "s3").write_bytes(b"old")
     assert manifest.inject("--force").status == 4
     assert manifest.placed() == {"s3": b"old"}
@@ -246,7 +275,9 @@ def test_kill_at_any_moment_leaves_only_complete_and_private_targets(manifest: M
 def killed_after(manifest: Manifest, seconds: float) -> None:
     """Start an injection, and end it with SIGKILL so many seconds later, if it still runs."""
     command = [sys.executable, "-m", "attestor", "inject", "m.toml"]
-    with subprocess.Popen(command, cwd=manifest.enclave.folder, env=manifest.enclave.environment) as child:
+    with subprocess.Popen(
+        command, cwd=manifest.enclave.folder, env=manifest.enclave.environment
+    ) as child:
         try:
             child.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -254,7 +285,9 @@ def killed_after(manifest: Manifest, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_kms_is_silent(enclaves: Callable[..., Enclave], number: signal.Signals) -> None:
+def test_a_signal_while_kms_is_silent(
+    enclaves: Callable[..., Enclave], number: signal.Signals
+) -> None:
     manifest = Manifest(enclaves(faults=["hang"])).secret("a").secret("b")
     (manifest.enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
     child = subprocess.Popen(
@@ -279,9 +312,17 @@ def test_a_kms_that_is_silent_ends_it_in_time(enclaves: Callable[..., Enclave]) 
 
 @pytest.mark.parametrize(
     ("fault", "status"),
-    [("no-envelope", 6), ("wrong-key-id", 6), ("throttling", 5), ("bad-signature", 4), ("tls-other-ca", 6)],
+    [
+        ("no-envelope", 6),
+        ("wrong-key-id", 6),
+        ("throttling", 5),
+        ("bad-signature", 4),
+        ("tls-other-ca", 6),
+    ],
 )
-def test_an_answer_that_cannot_be_trusted(enclaves: Callable[..., Enclave], fault: str, status: int) -> None:
+def test_an_answer_that_cannot_be_trusted(
+    enclaves: Callable[..., Enclave], fault: str, status: int
+) -> None:
     enclave = enclaves(faults=[fault] if fault != "tls-other-ca" else [])
     manifest = Manifest(enclave).secret("a").secret("b")
     environment: dict[str, str | None] = {"AWS_MAX_ATTEMPTS": "1"}
@@ -301,7 +342,9 @@ def test_without_a_module_nothing_is_asked(manifest: Manifest) -> None:
 
 def test_the_program_takes_over(manifest: Manifest) -> None:
     manifest.secret("a")
-    run = manifest.inject("--", "sh", "-c", 'cat run/a; echo "$@" >&2; exit 42', "sh", "-x", "--force")
+    run = manifest.inject(
+        "--", "sh", "-c", 'cat run/a; echo "$@" >&2; exit 42', "sh", "-x", "--force"
+    )
     assert run == Run(42, b"the secret", "-x --force\n")
 
 
@@ -315,7 +358,9 @@ def test_the_program_dies_of_its_own_signals(manifest: Manifest) -> None:
 def test_the_program_gets_no_credentials_and_no_descriptors(manifest: Manifest) -> None:
     manifest.secret("a")
     script = "env; ulimit -c; ls /proc/self/fd | wc -l"
-    run = manifest.inject("--", "sh", "-c", script, environment={"AWS_CONTAINER_AUTHORIZATION_TOKEN": "x"})
+    run = manifest.inject(
+        "--", "sh", "-c", script, environment={"AWS_CONTAINER_AUTHORIZATION_TOKEN": "x"}
+    )
     *lines, core, descriptors = run.out.decode().splitlines()
     names = {line.partition("=")[0] for line in lines}
     assert not names & {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
@@ -339,7 +384,9 @@ def test_the_program_gets_no_credentials_and_no_descriptors(manifest: Manifest) 
         ("./orphan", 126, "cannot be executed"),
     ],
 )
-def test_a_program_that_cannot_be_run(manifest: Manifest, program: str, status: int, part: str) -> None:
+def test_a_program_that_cannot_be_run(
+    manifest: Manifest, program: str, status: int, part: str
+) -> None:
     folder = manifest.enclave.folder
     (folder / "plain").write_bytes(b"#!/bin/sh\n")
     (folder / "folder").mkdir()
@@ -372,7 +419,9 @@ def hostile(environ: Any, start_response: Any) -> Any:
     if name == "to-nowhere":  # which werkzeug would not send
         start_response("302 Found", [("Location", "https://[bad"), ("Content-Length", "0")])
         return [b""]
-    location = {"to-http": "http://localhost/x", "to-itself": request.url, "to-good": "/good"}.get(name)
+    location = {"to-http": "http://localhost/x", "to-itself": request.url, "to-good": "/good"}.get(
+        name
+    )
     response = Response(b"good", 200)
     if location:
         response = Response(b"", 302, headers={"Location": location})
@@ -402,7 +451,11 @@ def server() -> Iterator[HttpsServer]:
 
 def trusting(manifest: Manifest, server: HttpsServer) -> dict[str, str | None]:
     """An environment in which the server's CA is good, for hosts that are not AWS's."""
-    return {"SSL_CERT_FILE": str(manifest.enclave.folder / manifest.enclave.place(server.ca_pem, "web.pem"))}
+    return {
+        "SSL_CERT_FILE": str(
+            manifest.enclave.folder / manifest.enclave.place(server.ca_pem, "web.pem")
+        )
+    }
 
 
 @pytest.mark.parametrize(
@@ -420,13 +473,19 @@ def trusting(manifest: Manifest, server: HttpsServer) -> dict[str, str | None]:
         ("slow", 5, "not done within 2 seconds"),
     ],
 )
-def test_a_hostile_web_server(manifest: Manifest, server: HttpsServer, path: str, status: int, part: str) -> None:
+def test_a_hostile_web_server(
+    manifest: Manifest, server: HttpsServer, path: str, status: int, part: str
+) -> None:
     manifest.text += "timeout = 2\n" if path == "slow" else ""
     manifest.secret("a")
     url = f"{server.url}/{path}"
     manifest.add("file", source=url, target=f"{manifest.run}/f", sha256="0" * 64, max_bytes=1000)
     refused(
-        manifest, manifest.inject(environment=trusting(manifest, server)), status, part, url if path != "slow" else ""
+        manifest,
+        manifest.inject(environment=trusting(manifest, server)),
+        status,
+        part,
+        url if path != "slow" else "",
     )
 
 
@@ -438,20 +497,35 @@ def test_a_redirect_to_https_is_followed(manifest: Manifest, server: HttpsServer
 
 
 def test_a_web_server_with_a_certificate_of_nobody(manifest: Manifest, server: HttpsServer) -> None:
-    manifest.add("file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True).secret("a")
+    manifest.add(
+        "file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True
+    ).secret("a")
     refused(manifest, manifest.inject(), 6, "certificate is not valid")
 
 
-def test_the_ca_of_the_manifest_for_web_servers_wins(manifest: Manifest, server: HttpsServer) -> None:
+def test_the_ca_of_the_manifest_for_web_servers_wins(
+    manifest: Manifest, server: HttpsServer
+) -> None:
     trusted = trusting(manifest, server)["SSL_CERT_FILE"]
     manifest.text += f'https_ca_bundle = "{trusted}"\n'
-    manifest.add("file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True).secret("a")
+    manifest.add(
+        "file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True
+    ).secret("a")
     assert manifest.inject(environment={"SSL_CERT_FILE": "/absent"}) == DONE
 
 
-def test_a_ca_bundle_for_web_servers_that_is_not_there(manifest: Manifest, server: HttpsServer) -> None:
-    manifest.add("file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True).secret("a")
-    refused(manifest, manifest.inject(environment={"SSL_CERT_FILE": "/absent"}), 2, "CA bundle /absent cannot be read")
+def test_a_ca_bundle_for_web_servers_that_is_not_there(
+    manifest: Manifest, server: HttpsServer
+) -> None:
+    manifest.add(
+        "file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True
+    ).secret("a")
+    refused(
+        manifest,
+        manifest.inject(environment={"SSL_CERT_FILE": "/absent"}),
+        2,
+        "CA bundle /absent cannot be read",
+    )
 
 
 RESOLVING: Final = """
@@ -463,11 +537,15 @@ attestor.main()
 
 
 @pytest.mark.parametrize(("host", "status"), [("kms.eu-west-1.amazonaws.com", 0), ("localhost", 6)])
-def test_hosts_of_aws_have_roots_of_their_own(manifest: Manifest, server: HttpsServer, host: str, status: int) -> None:
+def test_hosts_of_aws_have_roots_of_their_own(
+    manifest: Manifest, server: HttpsServer, host: str, status: int
+) -> None:
     enclave = manifest.enclave
     enclave.world.store.objects["web/app"] = b"x = 1\n"
     source = f"https://{host}:{enclave.world.port}/web/app"
-    manifest.add("file", source=source, target=f"{manifest.run}/f", unauthenticated=True).secret("a")
+    manifest.add("file", source=source, target=f"{manifest.run}/f", unauthenticated=True).secret(
+        "a"
+    )
     (enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
     command = [sys.executable, "-c", RESOLVING, "inject", "m.toml"]
     assert enclave.run(*command, environment=trusting(manifest, server)).status == status
@@ -496,7 +574,9 @@ def test_which_hosts_are_of_aws(host: str, aws: bool) -> None:
 
 
 def test_a_web_server_that_is_not_there(manifest: Manifest) -> None:
-    manifest.add("file", source="https://127.0.0.1:1/x", target=f"{manifest.run}/f", unauthenticated=True)
+    manifest.add(
+        "file", source="https://127.0.0.1:1/x", target=f"{manifest.run}/f", unauthenticated=True
+    )
     manifest.secret("a")
     refused(manifest, manifest.inject(), 5, "https://127.0.0.1:1/x")
 
@@ -513,13 +593,17 @@ def test_a_web_server_that_is_not_there(manifest: Manifest) -> None:
         ("/dev/zero", 2, "longer than the 6144 bytes"),
     ],
 )
-def test_a_source_that_cannot_be_read(manifest: Manifest, source: str, status: int, part: str) -> None:
+def test_a_source_that_cannot_be_read(
+    manifest: Manifest, source: str, status: int, part: str
+) -> None:
     manifest.secret("a").add(source=source, target=f"{manifest.run}/b", context={"node": "3"})
     refused(manifest, manifest.inject(), status, part)
 
 
 def test_an_insecure_endpoint_of_s3(manifest: Manifest) -> None:
-    manifest.secret("a").add(source="s3://bucket/x", target=f"{manifest.run}/b", context={"node": "3"})
+    manifest.secret("a").add(
+        source="s3://bucket/x", target=f"{manifest.run}/b", context={"node": "3"}
+    )
     run = manifest.inject(environment={"AWS_ENDPOINT_URL_S3": "http://localhost:1"})
     refused(manifest, run, 2, "http://localhost:1 is not https")
 
@@ -528,7 +612,12 @@ def test_an_insecure_endpoint_of_s3(manifest: Manifest) -> None:
 
 
 def test_a_manifest_that_cannot_be_read(manifest: Manifest) -> None:
-    refused(manifest, manifest.enclave.attestor("inject", "absent.toml"), 2, "manifest absent.toml cannot be read")
+    refused(
+        manifest,
+        manifest.enclave.attestor("inject", "absent.toml"),
+        2,
+        "manifest absent.toml cannot be read",
+    )
     manifest.text = "x = "
     refused(manifest, manifest.inject(), 2, "not TOML")
     manifest.text = "#" * (1 << 20) + "#"
@@ -542,7 +631,12 @@ def test_a_receipt_in_the_place_of_a_target(manifest: Manifest) -> None:
 
 def test_an_unwritable_target_ends_it_before_kms_is_asked(manifest: Manifest) -> None:
     manifest.secret("a", target=f"{manifest.run}/absent/a")
-    refused(manifest, manifest.inject(environment={"AWS_ACCESS_KEY_ID": None}), 7, "No such file or directory")
+    refused(
+        manifest,
+        manifest.inject(environment={"AWS_ACCESS_KEY_ID": None}),
+        7,
+        "No such file or directory",
+    )
 
 
 @pytest.mark.parametrize("setting", ["NODE", "=3"])
@@ -556,7 +650,10 @@ def test_the_endpoint_and_the_ca_of_the_manifest_win(manifest: Manifest) -> None
     world = manifest.enclave.world
     manifest.text += f'endpoint_url = "{world.url}"\nca_bundle = "{world.folder}/ca.pem"\n'
     manifest.secret("a")
-    astray: dict[str, str | None] = {"AWS_ENDPOINT_URL_KMS": "https://127.0.0.1:1", "AWS_CA_BUNDLE": "/absent"}
+    astray: dict[str, str | None] = {
+        "AWS_ENDPOINT_URL_KMS": "https://127.0.0.1:1",
+        "AWS_CA_BUNDLE": "/absent",
+    }
     assert manifest.inject(environment=astray) == DONE
 
 

@@ -1,4 +1,6 @@
-"""libnsm.so through ctypes: the real library over the simulated device, and libraries that are not it."""
+"""libnsm.so through ctypes: the real library over the simulated device, and libraries that are not
+it.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ BUILD: Final = ROOT / "patches" / "build-libnsm"
 PATCH: Final = ROOT / "patches" / "nsmlib_cpython_wrappers.patch"
 NSM_FAULTS: Final = sorted(fault for fault in FAULTS if fault.startswith("nsm-"))
 
-# Every function of the interface in C, so that a test chooses what comes back: the status of nsmpy_attest is the
-# length of the nonce less 200, nsmpy_lock_pcr blocks until the descriptor of that number can be read.
+# Every function of the interface in C, so that a test chooses what comes back: the status of
+# nsmpy_attest is the length of the nonce less 200, nsmpy_lock_pcr blocks until the descriptor of
+# that number can be read.
 FAKE: Final = """
 #include <stddef.h>
 #include <stdint.h>
@@ -69,7 +72,18 @@ def compiled(folder: Path, source: str, *options: str) -> str:
     if compiler is None:
         pytest.skip("no C compiler to make a library with")
     output = folder / "libnsm.so"
-    command = [compiler, "-shared", "-fPIC", f"-DEIO_={errno.EIO}", *options, "-x", "c", "-", "-o", str(output)]
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        f"-DEIO_={errno.EIO}",
+        *options,
+        "-x",
+        "c",
+        "-",
+        "-o",
+        str(output),
+    ]
     subprocess.run(command, input=source.encode(), check=True)
     return str(output)
 
@@ -112,10 +126,18 @@ def echo() -> Iterator[SimulatedDevice]:
 
 def inside(environment: dict[str, str], function: Callable[..., Any], *arguments: str) -> Any:
     """Call a function of this file in a new process, and return what it returns, by way of JSON."""
-    code = f"import json, sys; from {__name__} import {function.__name__} as f; print(json.dumps(f(*sys.argv[1:])))"
+    code = (
+        f"import json, sys; from {__name__} import {function.__name__} as f; "
+        "print(json.dumps(f(*sys.argv[1:])))"
+    )
     command = [sys.executable, "-W", "error", "-c", code, *arguments]
     done = subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=300
+        command,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -141,7 +163,10 @@ def every_answer(path: str) -> list[str]:
     with Nsm(transport(path)) as nsm:
         return [
             told(nsm.describe),
-            *(told(partial(nsm.describe_pcr, index)) for index in (0, 3, 16, 31, 32, 255, 65535, 65536)),
+            *(
+                told(partial(nsm.describe_pcr, index))
+                for index in (0, 3, 16, 31, 32, 255, 65535, 65536)
+            ),
             told(lambda: nsm.extend_pcr(16, b"")),
             told(lambda: nsm.extend_pcr(16, b"\0one")),
             told(lambda: nsm.extend_pcr(16, bytes(4069))),
@@ -201,7 +226,9 @@ def refusals(path: str) -> list[str]:
 @pytest.mark.parametrize("fault", [fault for fault in NSM_FAULTS if fault != "nsm-empty-random"])
 def test_both_transports_refuse_alike(real: str, pki: NsmPki, fault: str) -> None:
     with SimulatedDevice(SoftwareNsm(pki, fault=fault)) as device:
-        by_library, directly = (inside(device.environment(os.environ), refusals, path) for path in (real, ""))
+        by_library, directly = (
+            inside(device.environment(os.environ), refusals, path) for path in (real, "")
+        )
     assert by_library == directly
     assert all("ErrorCode." in refusal for refusal in by_library)
 
@@ -252,7 +279,10 @@ def growth(path: str, count: str) -> dict[str, int]:
 
 def measured() -> dict[str, int]:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return {"descriptors": len(os.listdir("/proc/self/fd")), "memory": pages * resource.getpagesize() // 1024}
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "memory": pages * resource.getpagesize() // 1024,
+    }
 
 
 def test_ten_thousand_documents_leave_nothing_behind(real: str, echo: SimulatedDevice) -> None:
@@ -299,7 +329,11 @@ def test_forked_processes_share_the_device(real: str, echo: SimulatedDevice) -> 
 def test_a_refusal_is_its_code(fake: str, code: ErrorCode) -> None:
     with pytest.raises(NsmError) as caught:
         Library(fake).attest(None, bytes(200 + code), None)
-    assert (caught.value.operation, caught.value.code, caught.value.errno) == ("Attestation", code, None)
+    assert (caught.value.operation, caught.value.code, caught.value.errno) == (
+        "Attestation",
+        code,
+        None,
+    )
 
 
 def test_a_negative_status_is_an_errno(fake: str) -> None:
@@ -311,7 +345,9 @@ def test_a_negative_status_is_an_errno(fake: str) -> None:
 
 
 def test_a_short_buffer_says_that_the_operation_has_happened(fake: str) -> None:
-    with pytest.raises(NsmError, match=r"BufferTooSmall: done, but the answer takes 123456 bytes, not 12288$"):
+    with pytest.raises(
+        NsmError, match=r"BufferTooSmall: done, but the answer takes 123456 bytes, not 12288$"
+    ):
         Library(fake).attest(None, bytes(300), None)
 
 
@@ -403,11 +439,20 @@ UNUSABLE: Final = {
     "text": (Reason.NOT_A_LIBRARY, r"libnsm\.so: not a shared library$"),
     "empty": (Reason.NOT_A_LIBRARY, r"not a shared library$"),
     "folder": (Reason.NOT_LOADABLE, r"cannot be loaded: .*Is a directory"),
-    "stock": (Reason.WITHOUT_WRAPPERS, r"without the functions of nsmlib_cpython_wrappers\.patch: .*nsmpy_abi_version"),
+    "stock": (
+        Reason.WITHOUT_WRAPPERS,
+        r"without the functions of nsmlib_cpython_wrappers\.patch: .*nsmpy_abi_version",
+    ),
     "some wrappers": (Reason.WITHOUT_WRAPPERS, r"nsmpy_open"),
     "other version": (Reason.OTHER_ABI, r"another ABI version: 2, not 1$"),
-    "other machine": (Reason.OTHER_ARCHITECTURE, r"another architecture: 64-bit little-endian \S+, not 64-bit"),
-    "other class": (Reason.OTHER_ARCHITECTURE, r"another architecture: 32-bit little-endian \S+, not 64-bit"),
+    "other machine": (
+        Reason.OTHER_ARCHITECTURE,
+        r"another architecture: 64-bit little-endian \S+, not 64-bit",
+    ),
+    "other class": (
+        Reason.OTHER_ARCHITECTURE,
+        r"another architecture: 32-bit little-endian \S+, not 64-bit",
+    ),
     "cut": (Reason.NOT_LOADABLE, r"cannot be loaded: "),
 }
 
@@ -423,7 +468,11 @@ def test_a_named_library_has_to_work(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_a_found_library_without_our_functions_is_passed_over(
-    tmp_path: Path, fake: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    fake: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = tmp_path / "other"
     folder.mkdir()
@@ -433,17 +482,24 @@ def test_a_found_library_without_our_functions_is_passed_over(
     with caplog.at_level("INFO", logger="attestor.nsm"):
         assert find_library() == fake
     passed_over = [record.getMessage() for record in caplog.records]
-    assert [message.split(": ")[0] for message in passed_over] == ([f"passed over {path}"] if kind != "missing" else [])
+    assert [message.split(": ")[0] for message in passed_over] == (
+        [f"passed over {path}"] if kind != "missing" else []
+    )
 
 
-def test_the_loader_is_asked_last_and_for_both_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loader_is_asked_last_and_for_both_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(library, "IN_PACKAGE", tmp_path / "missing.so")
     assert library.BY_THE_LOADER == ("libnsm.so", "libnsm.so.0")
     compiled(tmp_path, STOCK)
     wrapped = tmp_path / "fake"
     wrapped.mkdir()
     Path(compiled(wrapped, FAKE, "-DABI=1")).rename(tmp_path / "libnsm.so.0")
-    assert inside(os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, found_by_the_loader) == "libnsm.so.0"
+    assert (
+        inside(os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, found_by_the_loader)
+        == "libnsm.so.0"
+    )
     assert inside(os.environ | {"LD_LIBRARY_PATH": str(wrapped)}, found_by_the_loader) is None
 
 
@@ -458,7 +514,10 @@ def test_the_patch_holds_our_own_lines_only() -> None:
     lines = PATCH.read_text(encoding="utf-8").splitlines()
     body = lines[lines.index("--- a/src/lib.rs") :]
     assert {line[0] for line in body if not line.startswith(("--- ", "+++ "))} == {"@", "+"}
-    assert [line for line in body if line.startswith("+++ ")] == ["+++ b/src/lib.rs", "+++ b/src/cpython.rs"]
+    assert [line for line in body if line.startswith("+++ ")] == [
+        "+++ b/src/lib.rs",
+        "+++ b/src/cpython.rs",
+    ]
 
 
 def test_the_library_is_small_and_exports_nothing_foreign(real: str) -> None:
@@ -466,7 +525,9 @@ def test_the_library_is_small_and_exports_nothing_foreign(real: str) -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm to list symbols with")
-    listing = subprocess.run([nm, "-D", "--defined-only", real], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        [nm, "-D", "--defined-only", real], capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[2] for line in listing.splitlines()} == set(library._PARAMETERS)
 
 
@@ -476,7 +537,11 @@ def test_the_build_says_that_cargo_is_missing(tmp_path: Path) -> None:
         assert found is not None
         (tmp_path / name).symlink_to(found)
     done = subprocess.run(
-        [str(tmp_path / "bash"), str(BUILD)], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        [str(tmp_path / "bash"), str(BUILD)],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("libnsm: error: cargo not found: install Rust")

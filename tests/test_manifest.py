@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 ARN: Final = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 TOP: Final = f'region = "eu-west-1"\nkey_id = "{ARN}"\n'
 SECRET: Final = '[[secret]]\nsource = "/in/a"\ntarget = "/out/a"\ncontext = {node = "3"}\n'
-FILE: Final = '[[file]]\nsource = "https://config.example/app"\ntarget = "/out/f"\nunauthenticated = true\n'
+FILE: Final = (
+    '[[file]]\nsource = "https://config.example/app"\ntarget = "/out/f"\nunauthenticated = true\n'
+)
 
 
-def read(text: str, given: dict[str, str] | None = None, environment: dict[str, str] | None = None) -> Manifest:
+def read(
+    text: str, given: dict[str, str] | None = None, environment: dict[str, str] | None = None
+) -> Manifest:
     return parse(text.encode(), given or {}, environment or {})
 
 
@@ -36,12 +40,20 @@ def refused(text: str, *parts: str, given: dict[str, str] | None = None) -> None
 def secret(**keys: str) -> str:
     """A manifest with one secret; values are TOML, and "" leaves a key out."""
     table = {"source": '"/in/a"', "target": '"/out/a"', "context": '{node = "3"}', **keys}
-    return TOP + "[[secret]]\n" + "".join(f"{name} = {value}\n" for name, value in table.items() if value)
+    return (
+        TOP
+        + "[[secret]]\n"
+        + "".join(f"{name} = {value}\n" for name, value in table.items() if value)
+    )
 
 
 def file(**keys: str) -> str:
     table = {"source": '"/in/f"', "target": '"/out/f"', "unauthenticated": "true", **keys}
-    return TOP + "[[file]]\n" + "".join(f"{name} = {value}\n" for name, value in table.items() if value)
+    return (
+        TOP
+        + "[[file]]\n"
+        + "".join(f"{name} = {value}\n" for name, value in table.items() if value)
+    )
 
 
 def only(manifest: Manifest) -> Entry:
@@ -66,7 +78,10 @@ sha256 = "{"0" * 64}"
 """
     manifest = read(text, {"NODE": "12"})
     first, second = manifest.entries
-    assert (first.source, first.context) == ("s3://bucket/node-12/encryptor-key.enc", {"node": "12"})
+    assert (first.source, first.context) == (
+        "s3://bucket/node-12/encryptor-key.enc",
+        {"node": "12"},
+    )
     assert (first.key_id, first.mode, first.owner, first.base64) == (ARN, 0o600, (-1, -1), False)
     assert (second.kind, second.sha256) == ("file", "0" * 64)
     assert (manifest.timeout, manifest.concurrency, manifest.pass_credentials) == (60.0, 3, False)
@@ -99,12 +114,21 @@ max_bytes = 100
 signed = true
 """
     manifest = read(text)
-    assert (manifest.vsock, manifest.imds_vsock, manifest.s3_vsock) == ((3, 8000), (3, 8001), (3, 8002))
+    assert (manifest.vsock, manifest.imds_vsock, manifest.s3_vsock) == (
+        (3, 8000),
+        (3, 8001),
+        (3, 8002),
+    )
     assert (manifest.timeout, manifest.concurrency, manifest.pass_credentials) == (30.0, 2, True)
     assert (manifest.ca_bundle, manifest.https_ca_bundle) == ("/etc/ca.pem", "/etc/web.pem")
     entry = only(manifest)
     assert (entry.mode, entry.owner) == (0o644, (os.getuid(), os.getgid()))
-    assert (entry.base64, entry.signed, entry.max_bytes, entry.grant_tokens) == (True, True, 100, ("one",))
+    assert (entry.base64, entry.signed, entry.max_bytes, entry.grant_tokens) == (
+        True,
+        True,
+        100,
+        ("one",),
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +234,11 @@ def test_a_file_that_cannot_be(keys: dict[str, str], part: str) -> None:
 
 def with_variable(declaration: str, **keys: str) -> str:
     table = {"source": '"/in/${V}/a"', "target": '"/out/a"', "context": '{v = "${V}"}', **keys}
-    return TOP + f"[variables]\nV = {declaration}\n[[secret]]\n" + "".join(f"{k} = {v}\n" for k, v in table.items())
+    return (
+        TOP
+        + f"[variables]\nV = {declaration}\n[[secret]]\n"
+        + "".join(f"{k} = {v}\n" for k, v in table.items())
+    )
 
 
 def test_a_value_comes_from_the_option_before_the_environment() -> None:
@@ -226,7 +254,12 @@ def test_a_variable_is_filled_in_only_where_it_is_declared() -> None:
     refused(with_variable('""', source='"/in/${}"'), "${ without a name", given={"V": "x"})
     refused(with_variable('""'), "variable V has no value")
     refused(with_variable('""'), "declares no such variable", given={"V": "x", "W": "y"})
-    assert only(read(with_variable('""', source='"/in/$V"', context='{v = "${V}"}'), {"V": "x"})).source == "/in/$V"
+    assert (
+        only(
+            read(with_variable('""', source='"/in/$V"', context='{v = "${V}"}'), {"V": "x"})
+        ).source
+        == "/in/$V"
+    )
 
 
 def test_an_unused_variable_needs_no_value() -> None:
@@ -260,11 +293,14 @@ def test_a_value_is_never_more_than_a_part_of_a_path(value: str) -> None:
 
 def test_dots_do_not_add_up() -> None:
     refused(with_variable('"[.x]+"', source='"/in/.${V}"'), "no part of a path", given={"V": "."})
-    refused(with_variable('"[.x]+"', source='"/in/${V}${V}"'), "no part of a path", given={"V": "."})
+    refused(
+        with_variable('"[.x]+"', source='"/in/${V}${V}"'), "no part of a path", given={"V": "."}
+    )
 
 
 @pytest.mark.parametrize(
-    "source", ["${V}", "${V}//host/x", "https://${V}/x", "https://a.${V}/x", "s3://${V}/k", "s3:${V}"]
+    "source",
+    ["${V}", "${V}//host/x", "https://${V}/x", "https://a.${V}/x", "s3://${V}/k", "s3:${V}"],
 )
 def test_a_variable_chooses_neither_scheme_nor_host_nor_bucket(source: str) -> None:
     refused(with_variable('".*"', source=f'"{source}"'), "only in the path", given={"V": "https:"})
@@ -289,7 +325,9 @@ def test_a_declaration_that_cannot_be(declaration: str, part: str) -> None:
     refused(with_variable(declaration), part, given=given)
 
 
-def test_a_tag_is_asked_for_where_the_manifest_says_or_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tag_is_asked_for_where_the_manifest_says_or_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[tuple[str, tuple[int, int] | None]] = []
 
     def tag(name: str, address: tuple[int, int] | None) -> str:
@@ -307,7 +345,11 @@ def test_a_tag_is_asked_for_where_the_manifest_says_or_the_caller(monkeypatch: p
 
 
 def test_addresses_of_the_caller_win() -> None:
-    given: dict[str, tuple[int, int] | None] = {"vsock": (4, 1), "imds_vsock": None, "s3_vsock": (4, 3)}
+    given: dict[str, tuple[int, int] | None] = {
+        "vsock": (4, 1),
+        "imds_vsock": None,
+        "s3_vsock": (4, 3),
+    }
     manifest = parse(('vsock = "3:1"\nimds_vsock = "3:2"\n' + TOP + SECRET).encode(), {}, {}, given)
     assert (manifest.vsock, manifest.imds_vsock, manifest.s3_vsock) == ((4, 1), (3, 2), (4, 3))
     assert read(TOP + SECRET).vsock is None

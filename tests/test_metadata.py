@@ -1,4 +1,6 @@
-"""The client of the instance metadata service, and `attestor metadata`: every hostile answer is one error of ours."""
+"""The client of the instance metadata service, and `attestor metadata`: every hostile answer is one
+error of ours.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def ok(body: bytes, headers: bytes = b"") -> bytes:
 
 
 class Hostile:
-    """A server that gives each connection its next answer, whatever is asked; the last answer stays."""
+    """A server that gives each connection its next answer, whatever is asked; the last answer
+    stays.
+    """
 
     def __init__(self, *answers: Answer) -> None:
         self._answers = list(answers)
@@ -125,11 +129,13 @@ def test_the_requests(answers: Callable[..., Hostile]) -> None:
     put, get = server.requests
     host = server.url.removeprefix("http://").encode()
     assert put == (
-        b"PUT /latest/api/token HTTP/1.1\r\nHost: %s\r\nx-aws-ec2-metadata-token-ttl-seconds: 60\r\n"
+        b"PUT /latest/api/token HTTP/1.1\r\nHost: %s\r\nx-aws-ec2-metadata-token-ttl-seconds: "
+        b"60\r\n"
         b"Content-Length: 0\r\nConnection: close\r\n\r\n" % host
     )
     assert get == (
-        b"GET /latest/meta-data/placement/region HTTP/1.1\r\nHost: %s\r\nx-aws-ec2-metadata-token: the-token\r\n"
+        b"GET /latest/meta-data/placement/region HTTP/1.1\r\nHost: "
+        b"%s\r\nx-aws-ec2-metadata-token: the-token\r\n"
         b"Connection: close\r\n\r\n" % host
     )
 
@@ -162,8 +168,14 @@ def test_an_ipv6_endpoint(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_chunks_and_other_forms(answers: Callable[..., Hostile]) -> None:
-    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\neu-\r\n6\r\nwest-1\r\n0\r\n\r\n"
-    for answer in (chunked, b"HTTP/1.0 200 OK\r\n\r\neu-west-1", b"HTTP/1.1 100 Continue\r\n\r\n" + ok(b"eu-west-1")):
+    chunked = (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\neu-\r\n6\r\nwest-1\r\n0\r\n\r\n"
+    )
+    for answer in (
+        chunked,
+        b"HTTP/1.0 200 OK\r\n\r\neu-west-1",
+        b"HTTP/1.1 100 Continue\r\n\r\n" + ok(b"eu-west-1"),
+    ):
         answers(TOKEN, answer)
         assert metadata.region() == "eu-west-1"
 
@@ -197,7 +209,9 @@ UNREACHABLE: Final[dict[str, Answer]] = {
     "no body after all": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
     "a chunk that is none": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "a chunk that is cut": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
-    "a chunk of less than nothing": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nab",
+    "a chunk of less than nothing": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nab"
+    ),
     "status 500": b"HTTP/1.1 500 Oops\r\n\r\n",
     "status 429": b"HTTP/1.1 429 Slow\r\n\r\n",
     "drip": None,
@@ -206,10 +220,12 @@ REFUSED: Final[dict[str, Answer]] = {
     "a long status line": b"HTTP/1.1 200 " + b"x" * 70000,
     "long header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60000 + b"\r\n\r\n",
     "endless continues": b"HTTP/1.1 100 Continue\r\n\r\n" * 5000,
-    "endless trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n" + b"X: y\r\n" * 10000,
+    "endless trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    + b"X: y\r\n" * 10000,
     "too long": ok(b"x" * (metadata.VALUE_MAX + 1)),
     "too long, and a lie": b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 100000,
-    "too long, in chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 20000,
+    "too long, in chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"1\r\nx\r\n" * 20000,
     "empty": ok(b""),
     "a line feed": ok(b"eu-west-1\n"),
     "two lines": ok(b"a\nb"),
@@ -233,13 +249,17 @@ def test_a_hostile_answer(answers: Callable[..., Hostile], name: str, which: str
     start = time.monotonic()
     with pytest.raises(AttestorError) as caught:
         metadata.fetch("placement/region", timeout=0.5 if answer is None else 10)
-    assert type(caught.value) is (UnreachableError if name in UNREACHABLE else RefusedError), caught.value
+    assert type(caught.value) is (UnreachableError if name in UNREACHABLE else RefusedError), (
+        caught.value
+    )
     assert time.monotonic() - start < 5
     assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("token", [b"a b", b"a\r\nX: y", "\u00e9".encode(), b"x" * 1025])
-def test_a_token_that_would_be_more_than_a_header(answers: Callable[..., Hostile], token: bytes) -> None:
+def test_a_token_that_would_be_more_than_a_header(
+    answers: Callable[..., Hostile], token: bytes
+) -> None:
     server = answers(ok(token))
     with pytest.raises(RefusedError):
         metadata.region()
@@ -255,7 +275,9 @@ def test_every_truncation(answers: Callable[..., Hostile]) -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"HTTP/1.1 200 OK\r\n", ok(b"")[:-2]]))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_bytes(answers: Callable[..., Hostile], data: bytes, head: bytes) -> None:
     answers(TOKEN, head + data)
     with contextlib.suppress(UnreachableError, RefusedError):
@@ -264,13 +286,17 @@ def test_any_bytes(answers: Callable[..., Hostile], data: bytes, head: bytes) ->
 
 def test_a_service_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setenv(metadata.ENDPOINT_VARIABLE, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv(
+            metadata.ENDPOINT_VARIABLE, f"http://127.0.0.1:{listener.getsockname()[1]}"
+        )
         with pytest.raises(UnreachableError, match="in time"):
             metadata.fetch("placement/region", timeout=0.2)
 
 
 def test_a_tag_that_is_not_there(service: HttpServer) -> None:
-    with pytest.raises(RefusedError, match="the instance has no tag other, or tags are not enabled") as caught:
+    with pytest.raises(
+        RefusedError, match="the instance has no tag other, or tags are not enabled"
+    ) as caught:
         metadata.tag("other")
     assert "modify-instance-metadata-options" in caught.value.hints[0]
     with pytest.raises(RefusedError, match="answers 404 for placement/absent"):
@@ -334,12 +360,17 @@ def test_an_endpoint_that_is_none(monkeypatch: pytest.MonkeyPatch, url: str) -> 
 
 
 def test_the_command(enclave: Enclave, service: HttpServer) -> None:
-    inside: dict[str, str | None] = {metadata.ENDPOINT_VARIABLE: service.url, "HTTP_PROXY": "http://127.0.0.1:1"}
+    inside: dict[str, str | None] = {
+        metadata.ENDPOINT_VARIABLE: service.url,
+        "HTTP_PROXY": "http://127.0.0.1:1",
+    }
     run = enclave.attestor("metadata", "placement/region", environment=inside)
     assert run == Run(0, b"eu-west-1\n", "")
     run = enclave.attestor("metadata", "tags/instance/other", environment=inside)
     assert (run.status, run.out) == (4, b"")
-    assert run.error == "the instance has no tag other, or tags are not enabled in instance metadata"
+    assert (
+        run.error == "the instance has no tag other, or tags are not enabled in instance metadata"
+    )
     assert "aws ec2 modify-instance-metadata-options --instance-id" in run.err
     run = enclave.attestor("metadata", "iam/security-credentials/the-role", environment=inside)
     assert (run.status, run.out, run.error) == (
@@ -362,9 +393,17 @@ def test_nobody_answers(enclave: Enclave, way: list[str]) -> None:
 
 
 def test_the_sdk_is_not_loaded(enclave: Enclave, service: HttpServer) -> None:
-    program = "import sys; from injection import metadata; print(metadata.region(), 'botocore' in sys.modules)"
+    program = (
+        "import sys; from injection import metadata; print(metadata.region(), 'botocore' "
+        "in sys.modules)"
+    )
     environment = os.environ | enclave.environment | {metadata.ENDPOINT_VARIABLE: service.url}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, check=True, text=True, cwd=enclave.folder
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        check=True,
+        text=True,
+        cwd=enclave.folder,
     )
     assert done.stdout == "eu-west-1 False\n"

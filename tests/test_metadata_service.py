@@ -1,4 +1,6 @@
-"""The simulated instance metadata service: IMDSv2 byte by byte, and botocore's own client against it."""
+"""The simulated instance metadata service: IMDSv2 byte by byte, and botocore's own client against
+it.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,18 @@ class Client:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    def request(self, method: str, path: str, headers: dict[str, str] | None = None) -> tuple[int, str, dict[str, str]]:
+    def request(
+        self, method: str, path: str, headers: dict[str, str] | None = None
+    ) -> tuple[int, str, dict[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request(method, path, headers=headers or {})
             response = connection.getresponse()
-            return response.status, response.read().decode(), {name.lower(): v for name, v in response.getheaders()}
+            return (
+                response.status,
+                response.read().decode(),
+                {name.lower(): v for name, v in response.getheaders()},
+            )
         finally:
             connection.close()
 
@@ -68,7 +76,12 @@ def service(tags: dict[str, str] | None, clock: Clock | None = None) -> HttpServ
     options: dict[str, Any] = {"clock": clock} if clock else {}
     return HttpServer(
         MetadataService(
-            instance_id="i-0123", region="eu-west-1", role="the-role", credentials=CREDENTIALS, tags=tags, **options
+            instance_id="i-0123",
+            region="eu-west-1",
+            role="the-role",
+            credentials=CREDENTIALS,
+            tags=tags,
+            **options,
         )
     )
 
@@ -99,14 +112,19 @@ def test_a_token(client: Client, ttl: str) -> None:
     assert client.token() != token
 
 
-@pytest.mark.parametrize("ttl", [None, "", "0", "21601", "-1", "1.5", "x", "1e3", "9" * 4000, "\u00b2"])
+@pytest.mark.parametrize(
+    "ttl", [None, "", "0", "21601", "-1", "1.5", "x", "1e3", "9" * 4000, "\u00b2"]
+)
 def test_a_ttl_that_cannot_be(client: Client, ttl: str | None) -> None:
     headers = {} if ttl is None else {TTL: ttl}
     assert client.request("PUT", "/latest/api/token", headers)[0] == 400
 
 
 def test_no_token_through_a_proxy(client: Client) -> None:
-    assert client.request("PUT", "/latest/api/token", {TTL: "60", "X-Forwarded-For": "10.0.0.1"})[0] == 403
+    assert (
+        client.request("PUT", "/latest/api/token", {TTL: "60", "X-Forwarded-For": "10.0.0.1"})[0]
+        == 403
+    )
 
 
 def test_tokens_expire() -> None:
@@ -114,7 +132,9 @@ def test_tokens_expire() -> None:
     with service(None, clock) as running:
         client = Client(running.port)
         short, long = client.token("10"), client.token("20")
-        assert [client.get("instance-id", token) for token in (short, long)] == [(200, "i-0123")] * 2
+        assert [client.get("instance-id", token) for token in (short, long)] == [
+            (200, "i-0123")
+        ] * 2
         clock.now = 9.9
         assert client.get("instance-id", short)[0] == 200
         clock.now = 10.0
@@ -126,7 +146,9 @@ def test_tokens_expire() -> None:
 def test_tokens_of_many_clients_at_once(client: Client) -> None:
     with ThreadPoolExecutor(8) as pool:
         tokens = list(pool.map(lambda _: client.token(), range(64)))
-        assert {status for status, _ in pool.map(lambda token: client.get("instance-id", token), tokens)} == {200}
+        assert {
+            status for status, _ in pool.map(lambda token: client.get("instance-id", token), tokens)
+        } == {200}
 
 
 @pytest.mark.parametrize(
@@ -161,12 +183,16 @@ def test_what_is_not_there(client: Client, path: str) -> None:
     assert client.get(path)[0] == 404
 
 
-@pytest.mark.parametrize("path", ["/", "/latest", "/latest/user-data", "/latest/meta-datax", "/2021-03-23/meta-data/"])
+@pytest.mark.parametrize(
+    "path", ["/", "/latest", "/latest/user-data", "/latest/meta-datax", "/2021-03-23/meta-data/"]
+)
 def test_other_trees(client: Client, path: str) -> None:
     assert client.request("GET", path, {TOKEN: client.token()})[0] == 404
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/latest/api/token"), ("PUT", "/latest/meta-data/instance-id")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/latest/api/token"), ("PUT", "/latest/meta-data/instance-id")]
+)
 def test_other_methods(client: Client, method: str, path: str) -> None:
     assert client.request(method, path, {TTL: "60", TOKEN: client.token()})[0] == 405
 
@@ -174,11 +200,15 @@ def test_other_methods(client: Client, method: str, path: str) -> None:
 def test_tags_are_disabled_by_default() -> None:
     with service(None) as running:
         client = Client(running.port)
-        assert [client.get(path)[0] for path in ("tags/", "tags/instance", "tags/instance/mpa-node")] == [404] * 3
+        assert [
+            client.get(path)[0] for path in ("tags/", "tags/instance", "tags/instance/mpa-node")
+        ] == [404] * 3
         assert client.get("") == (200, "iam/\ninstance-id\nplacement/")
 
 
-@pytest.mark.parametrize("key", ["", ".", "..", "_index", "a b", "a/b", "\u00e9", "a\n", "x" * 129, "a*"])
+@pytest.mark.parametrize(
+    "key", ["", ".", "..", "_index", "a b", "a/b", "\u00e9", "a\n", "x" * 129, "a*"]
+)
 def test_keys_that_the_metadata_cannot_have(key: str) -> None:
     with pytest.raises(ValueError, match="cannot be the key of a tag"):
         service({key: "value"})
@@ -210,7 +240,9 @@ def test_the_end_waits_for_no_client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
         connection.connect()
     connection.close()
-    assert threading.active_count() <= before + 1  # the connection's own thread may still be on its way out
+    assert (
+        threading.active_count() <= before + 1
+    )  # the connection's own thread may still be on its way out
 
 
 # botocore
@@ -230,14 +262,18 @@ def test_the_credentials_of_botocore(server: HttpServer) -> None:
 
 
 def region(server: HttpServer) -> str | None:
-    return InstanceMetadataRegionFetcher(timeout=10, num_attempts=1, base_url=server.url).retrieve_region()
+    return InstanceMetadataRegionFetcher(
+        timeout=10, num_attempts=1, base_url=server.url
+    ).retrieve_region()
 
 
 def test_the_region_of_botocore(server: HttpServer) -> None:
     assert region(server) == "eu-west-1"
 
 
-def test_botocore_without_a_token_is_refused(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_botocore_without_a_token_is_refused(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Version 1 of the service is not there."""
     monkeypatch.setattr(IMDSFetcher, "_fetch_metadata_token", lambda _: None)
     fetcher = InstanceMetadataFetcher(timeout=10, num_attempts=1, base_url=server.url)
@@ -249,7 +285,9 @@ def test_botocore_without_a_token_is_refused(server: HttpServer, monkeypatch: py
 
 
 def test_a_world_with_tags() -> None:
-    with World(tags={"mpa-node": "3"}, principal="arn:aws:sts::111122223333:assumed-role/mine/session") as world:
+    with World(
+        tags={"mpa-node": "3"}, principal="arn:aws:sts::111122223333:assumed-role/mine/session"
+    ) as world:
         environment = world.environment({"AWS_EC2_METADATA_DISABLED": "true"})
         assert "AWS_EC2_METADATA_DISABLED" not in environment
         assert environment["AWS_EC2_METADATA_SERVICE_ENDPOINT"] == world.metadata_url
@@ -262,7 +300,10 @@ def test_a_world_with_tags() -> None:
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [(["--tag", "x"], "--tag wants NAME=VALUE, got x"), (["--tag", "a/b=c"], "'a/b' cannot be the key of a tag")],
+    [
+        (["--tag", "x"], "--tag wants NAME=VALUE, got x"),
+        (["--tag", "a/b=c"], "'a/b' cannot be the key of a tag"),
+    ],
 )
 def test_options_that_cannot_be(options: list[str], part: str) -> None:
     done = CliRunner().invoke(cli, ["run", *options, "--", "true"])
@@ -284,7 +325,11 @@ print(session.get_credentials().method, fetcher._get_request("latest/meta-data/t
 def test_run_with_a_tag() -> None:
     command = [sys.executable, "-m", "nitrosim.cli", "run", "--tag", "node=3", "--tag", "a=b=c"]
     done = subprocess.run(
-        [*command, "--", sys.executable, "-c", SHOW], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--", sys.executable, "-c", SHOW],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "iam-role b=c\n", "")
 
@@ -292,6 +337,8 @@ def test_run_with_a_tag() -> None:
 def test_a_world_without() -> None:
     with World() as world:
         assert world.metadata_url is None
-        environment = world.environment({"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://169.254.169.254"})
+        environment = world.environment(
+            {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://169.254.169.254"}
+        )
         assert "AWS_EC2_METADATA_SERVICE_ENDPOINT" not in environment
         assert environment["AWS_EC2_METADATA_DISABLED"] == "true"

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 BIN: Final = Path(sys.executable).parent
 ENCRYPT: Final = (
     "import boto3; open('blob', 'wb').write("
-    "boto3.client('kms').encrypt(KeyId='alias/nitrosim', Plaintext=b'the secret')['CiphertextBlob'])"
+    "boto3.client('kms').encrypt(KeyId='alias/nitrosim', Plaintext=b'the "
+    "secret')['CiphertextBlob'])"
 )
 
 
@@ -41,7 +42,10 @@ def nitrosim(
 
 def scene(*options: str) -> list[str]:
     """Encrypt under alias/nitrosim, then decrypt in an enclave with these options."""
-    script = f'umask 000; python3 -c "{ENCRYPT}" && attestor decrypt --any-key --region eu-west-1 blob out'
+    script = (
+        f'umask 000; python3 -c "{ENCRYPT}" && attestor decrypt --any-key --region '
+        "eu-west-1 blob out"
+    )
     return ["run", *options, "--", "sh", "-c", script]
 
 
@@ -53,12 +57,16 @@ def test_the_main_job(tmp_path: Path) -> None:
 
 
 def other_policy(folder: Path) -> str:
-    text = default_policy("arn:aws:sts::111122223333:assumed-role/nitrosim-enclave/nitrosim", bytes(47) + b"\1")
+    text = default_policy(
+        "arn:aws:sts::111122223333:assumed-role/nitrosim-enclave/nitrosim", bytes(47) + b"\1"
+    )
     (folder / "policy.json").write_text(text, encoding="utf-8")
     return "policy.json"
 
 
-@pytest.mark.parametrize("options", ["--debug-mode", f"--pcr 0={'00' * 47}01", "--key-policy policy.json"])
+@pytest.mark.parametrize(
+    "options", ["--debug-mode", f"--pcr 0={'00' * 47}01", "--key-policy policy.json"]
+)
 def test_the_wrong_enclave_is_refused(tmp_path: Path, options: str) -> None:
     other_policy(tmp_path)
     done = nitrosim(tmp_path, *scene(*options.split()))
@@ -68,11 +76,15 @@ def test_the_wrong_enclave_is_refused(tmp_path: Path, options: str) -> None:
 
 
 def test_a_policy_and_an_enclave_that_fit(tmp_path: Path) -> None:
-    done = nitrosim(tmp_path, *scene("--key-policy", other_policy(tmp_path), "--pcr", f"0={'00' * 47}01"))
+    done = nitrosim(
+        tmp_path, *scene("--key-policy", other_policy(tmp_path), "--pcr", f"0={'00' * 47}01")
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 42", 42), ("kill -TERM $$", 143)])
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 42", 42), ("kill -TERM $$", 143)]
+)
 def test_the_status_is_the_commands_own(tmp_path: Path, script: str, status: int) -> None:
     assert nitrosim(tmp_path, "run", "--", "sh", "-c", script).returncode == status
 
@@ -137,11 +149,16 @@ def test_a_principal_of_ones_own(tmp_path: Path) -> None:
         "attestor", "decrypt", "--any-key", "/dev/zero", "out",
     )  # fmt: skip
     assert done.returncode == 2
-    assert nitrosim(tmp_path, *scene("--principal", "arn:aws:iam::444455556666:role/mine")).returncode == 0
+    assert (
+        nitrosim(tmp_path, *scene("--principal", "arn:aws:iam::444455556666:role/mine")).returncode
+        == 0
+    )
 
 
 def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
-    with subprocess.Popen([BIN / "nitrosim", "serve"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [BIN / "nitrosim", "serve"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         lines: list[str] = []
         while not any("NITROSIM_NSM_SOCKET=" in line for line in lines):
@@ -149,8 +166,13 @@ def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
             assert line
             lines.append(line)
         (tmp_path / "simulator.env").write_text("".join(lines))
-        script = f'. ./simulator.env; "{sys.executable}" -c "{ENCRYPT}" && "{BIN}/attestor" decrypt --any-key blob out'
-        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        script = (
+            f'. ./simulator.env; "{sys.executable}" -c "{ENCRYPT}" && "{BIN}/attestor" '
+            "decrypt --any-key blob out"
+        )
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=10) == 0
@@ -164,7 +186,9 @@ def test_the_commands_in_the_readme(tmp_path: Path) -> None:
     for command in ("nitrosim run" + commands).splitlines():
         script = preparation + command
         environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "AWS_MAX_ATTEMPTS": "2"}
-        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=False)
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
         statuses.append(done.returncode)
     assert statuses == [0, 4, 5, 4]
     assert (tmp_path / "out").read_text() == "the secret\n"
@@ -182,7 +206,18 @@ def test_the_default_policy_asks_for_the_default_image() -> None:
 
 def test_the_demo_shows_both_ends() -> None:
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run([ROOT / "nitrosim" / "demo.sh"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [ROOT / "nitrosim" / "demo.sh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    for part in ("600 20 bytes secret", "the secret of node 3", "AccessDeniedException", "exit status 4"):
+    for part in (
+        "600 20 bytes secret",
+        "the secret of node 3",
+        "AccessDeniedException",
+        "exit status 4",
+    ):
         assert part in done.stdout

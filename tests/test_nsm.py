@@ -1,7 +1,8 @@
-"""The NSM as Python programs use it: the `Nsm` facade over every transport, against the software NSM.
+"""The NSM as Python programs use it: the `Nsm` facade over every transport, against the software
+NSM.
 
-Each snippet runs in a process of its own, led to the software NSM by the shim: what is tested is the way through
-open and ioctl that a program in an enclave takes.
+Each snippet runs in a process of its own, led to the software NSM by the shim: what is tested is
+the way through open and ioctl that a program in an enclave takes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ OPERATIONS: Final = {
     "GetRandom": "nsm.random()",
 }
 
-# Runs a snippet with an open `nsm`; prints its `result`, bytes as hex, or the NsmError that ended it.
+# Runs a snippet with an open `nsm`; prints its `result`, bytes as hex, or the NsmError that ended
+# it.
 RUNNER: Final = """
 import dataclasses, json, os, sys
 from nsm import Nsm, NsmError
@@ -99,7 +101,9 @@ def in_enclave(transport: str, module: Module, code: str) -> Any:
 
 def run(code: str, environment: Mapping[str, str]) -> Any:
     command = [sys.executable, "-c", RUNNER, textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
     return json.loads(done.stdout)
 
@@ -135,8 +139,12 @@ def test_describe(transport: str, module: SoftwareNsm) -> None:
 
 
 def test_describe_pcr(transport: str, module: SoftwareNsm) -> None:
-    result = in_enclave(transport, module, "result = [nsm.describe_pcr(index) for index in range(32)]")
-    assert result[:16] == [{"locked": True, "value": DEFAULT_PCRS[index].hex()} for index in range(16)]
+    result = in_enclave(
+        transport, module, "result = [nsm.describe_pcr(index) for index in range(32)]"
+    )
+    assert result[:16] == [
+        {"locked": True, "value": DEFAULT_PCRS[index].hex()} for index in range(16)
+    ]
     assert result[16:] == [{"locked": False, "value": bytes(48).hex()}] * 16
 
 
@@ -187,10 +195,14 @@ def test_index_out_of_range(transport: str, module: SoftwareNsm, index: int) -> 
         )]
     """
     operations = ("DescribePCR", "ExtendPCR", "LockPCR", "LockPCRs")
-    assert in_enclave(transport, module, code) == [refused(name, "InvalidIndex") for name in operations]
+    assert in_enclave(transport, module, code) == [
+        refused(name, "InvalidIndex") for name in operations
+    ]
 
 
-@pytest.mark.parametrize("fields", [(None, None, None), (b"", b"", b"\x00"), (b"user", b"nonce", b"key" * 98)])
+@pytest.mark.parametrize(
+    "fields", [(None, None, None), (b"", b"", b"\x00"), (b"user", b"nonce", b"key" * 98)]
+)
 def test_document_holds_what_was_asked_for(
     transport: str, module: SoftwareNsm, pki: NsmPki, fields: tuple[bytes | None, ...]
 ) -> None:
@@ -201,8 +213,13 @@ def test_document_holds_what_was_asked_for(
     assert dict(found.pcrs) == dict(DEFAULT_PCRS)
 
 
-def test_document_holds_the_locked_pcrs_of_the_application(transport: str, module: SoftwareNsm, pki: NsmPki) -> None:
-    code = "nsm.extend_pcr(16, b'x'); nsm.extend_pcr(17, b'x'); nsm.lock_pcr(16); result = nsm.attest()"
+def test_document_holds_the_locked_pcrs_of_the_application(
+    transport: str, module: SoftwareNsm, pki: NsmPki
+) -> None:
+    code = (
+        "nsm.extend_pcr(16, b'x'); nsm.extend_pcr(17, b'x'); nsm.lock_pcr(16); result = "
+        "nsm.attest()"
+    )
     data = bytes.fromhex(in_enclave(transport, module, code))
     found = document.verify(data, roots=[pki.root_sha256]).document
     assert dict(found.pcrs) == {**DEFAULT_PCRS, 16: hashlib.sha384(bytes(48) + b"x").digest()}
@@ -240,7 +257,9 @@ def test_fields_that_are_too_large_together(transport: str, module: SoftwareNsm)
 
 
 def test_random(transport: str, module: SoftwareNsm) -> None:
-    code = "result = [nsm.random(length) for length in (0, 1, 255, 256, 257, 1000)] + [nsm.random()]"
+    code = (
+        "result = [nsm.random(length) for length in (0, 1, 255, 256, 257, 1000)] + [nsm.random()]"
+    )
     result = in_enclave(transport, module, code)
     assert [len(text) // 2 for text in result] == [0, 1, 255, 256, 257, 1000, 256]
     parts = {text[start : start + 64] for text in result for start in range(0, len(text) - 63, 64)}
@@ -249,7 +268,9 @@ def test_random(transport: str, module: SoftwareNsm) -> None:
 
 def test_random_without_bytes_is_an_error(transport: str, pki: NsmPki) -> None:
     module = SoftwareNsm(pki, fault="nsm-empty-random")
-    assert in_enclave(transport, module, "result = nsm.random(1)") == refused("GetRandom", "InvalidResponse")
+    assert in_enclave(transport, module, "result = nsm.random(1)") == refused(
+        "GetRandom", "InvalidResponse"
+    )
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -263,7 +284,11 @@ def test_every_error_of_the_nsm_keeps_its_name(transport: str, code: str) -> Non
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name.startswith("nsm-")])
 def test_every_fault_of_the_nsm_is_an_error(transport: str, pki: NsmPki, fault: str) -> None:
     by_name = {code.lower(): code for code in CODES}
-    by_name |= {"garbage": "InternalError", "wrongkind": "InvalidResponse", "emptyrandom": "InvalidResponse"}
+    by_name |= {
+        "garbage": "InternalError",
+        "wrongkind": "InvalidResponse",
+        "emptyrandom": "InvalidResponse",
+    }
     expected = by_name[fault.removeprefix("nsm-").replace("-", "")]
     module = SoftwareNsm(pki, fault=fault)
     assert in_enclave(transport, module, "result = nsm.random()") == refused("GetRandom", expected)
@@ -278,7 +303,9 @@ UNDECODABLE: Final = {
 
 @pytest.mark.parametrize("answer", UNDECODABLE.values(), ids=UNDECODABLE)
 def test_undecodable_answer(transport: str, answer: bytes) -> None:
-    assert in_enclave(transport, Answers([answer]), "result = nsm.lock_pcr(16)") == refused("LockPCR", "InternalError")
+    assert in_enclave(transport, Answers([answer]), "result = nsm.lock_pcr(16)") == refused(
+        "LockPCR", "InternalError"
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -310,11 +337,17 @@ def test_answers_of_the_wrong_type() -> None:
 def test_no_damaged_answer_raises_anything_else(pki: NsmPki) -> None:
     """Every truncation and every bit flip of two answers: the snippet would end with a traceback."""
     module = SoftwareNsm(pki)
-    requests = {"describe()": cbor2.dumps("DescribeNSM"), "describe_pcr(3)": cbor2.dumps({"DescribePCR": {"index": 3}})}
+    requests = {
+        "describe()": cbor2.dumps("DescribeNSM"),
+        "describe_pcr(3)": cbor2.dumps({"DescribePCR": {"index": 3}}),
+    }
     for call, request in requests.items():
         answer = module.answer(request)
         damaged = [answer[:end] for end in range(1, len(answer))]
-        damaged += [(int.from_bytes(answer) ^ 1 << bit).to_bytes(len(answer)) for bit in range(8 * len(answer))]
+        damaged += [
+            (int.from_bytes(answer) ^ 1 << bit).to_bytes(len(answer))
+            for bit in range(8 * len(answer))
+        ]
         code = f"result = [failure(lambda: nsm.{call}) for _ in range({len(damaged)})]"
         result = in_enclave("Device()", Answers(damaged), code)
         assert None not in result[: len(answer) - 1]
@@ -324,7 +357,9 @@ def test_no_damaged_answer_raises_anything_else(pki: NsmPki) -> None:
 def test_closed(transport: str, module: SoftwareNsm) -> None:
     calls = ", ".join(f"lambda: {call}" for call in OPERATIONS.values())
     code = f"nsm.close(); nsm.close(); result = [failure(call) for call in ({calls})]"
-    assert in_enclave(transport, module, code) == [refused(name, "InvalidOperation") for name in OPERATIONS]
+    assert in_enclave(transport, module, code) == [
+        refused(name, "InvalidOperation") for name in OPERATIONS
+    ]
 
 
 def test_close_gives_the_descriptor_back(transport: str, module: SoftwareNsm) -> None:

@@ -35,7 +35,8 @@ def private(path: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("options", "size"), [(["--spec", "AES_256"], 32), (["--spec", "AES_128"], 16), (["--bytes", "77"], 77)]
+    ("options", "size"),
+    [(["--spec", "AES_256"], 32), (["--spec", "AES_128"], 16), (["--bytes", "77"], 77)],
 )
 def test_a_data_key_and_its_wrapped_form(enclave: Enclave, options: list[str], size: int) -> None:
     key_id = ["--key-id", arn(enclave), "--context", "node=3"]
@@ -48,7 +49,15 @@ def test_a_data_key_and_its_wrapped_form(enclave: Enclave, options: list[str], s
 
 @pytest.mark.parametrize("form", ["pem", "der"])
 def test_a_key_pair(enclave: Enclave, form: str) -> None:
-    command = ["generate-data-key-pair", "--key-id", arn(enclave), "--spec", "ECC_NIST_P256", "--format", form]
+    command = [
+        "generate-data-key-pair",
+        "--key-id",
+        arn(enclave),
+        "--spec",
+        "ECC_NIST_P256",
+        "--format",
+        form,
+    ]
     assert enclave.attestor(*command, "key", "pub", "blob") == DONE
     if form == "pem":
         key = serialization.load_pem_private_key(read(enclave, "key"), None)
@@ -69,7 +78,9 @@ def test_an_rsa_pair_in_pem_has_short_lines(enclave: Enclave) -> None:
     command = ["generate-data-key-pair", "--key-id", arn(enclave), "--spec", "RSA_4096"]
     assert enclave.attestor(*command, "key", "pub", "blob") == DONE
     assert max(map(len, read(enclave, "key").splitlines())) == 64
-    assert isinstance(serialization.load_pem_private_key(read(enclave, "key"), None), rsa.RSAPrivateKey)
+    assert isinstance(
+        serialization.load_pem_private_key(read(enclave, "key"), None), rsa.RSAPrivateKey
+    )
 
 
 @pytest.mark.parametrize("size", [1, 1024])
@@ -82,9 +93,14 @@ def test_random_bytes(enclave: Enclave, size: int) -> None:
 
 @pytest.mark.parametrize("encoding", [serialization.Encoding.PEM, serialization.Encoding.DER])
 def test_a_shared_secret(enclave: Enclave, encoding: serialization.Encoding) -> None:
-    key = enclave.kms.create_key(KeySpec="ECC_NIST_P256", KeyUsage="KEY_AGREEMENT")["KeyMetadata"]["Arn"]
+    key = enclave.kms.create_key(KeySpec="ECC_NIST_P256", KeyUsage="KEY_AGREEMENT")["KeyMetadata"][
+        "Arn"
+    ]
     peer = ec.generate_private_key(ec.SECP256R1())
-    enclave.place(peer.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo), "peer")
+    enclave.place(
+        peer.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo),
+        "peer",
+    )
     assert enclave.attestor("derive-shared-secret", "--key-id", key, "peer", "out") == DONE
     theirs = serialization.load_der_public_key(enclave.kms.get_public_key(KeyId=key)["PublicKey"])
     assert isinstance(theirs, ec.EllipticCurvePublicKey)
@@ -93,11 +109,17 @@ def test_a_shared_secret(enclave: Enclave, encoding: serialization.Encoding) -> 
 
 def test_the_commands_in_the_readme(enclave: Enclave) -> None:
     (script,) = re.findall(
-        r"```sh\n(attestor generate-data-key .*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+        r"```sh\n(attestor generate-data-key .*?)```",
+        (ROOT / "README.md").read_text("utf-8"),
+        re.DOTALL,
     )
-    agreement = enclave.kms.create_key(KeySpec="ECC_NIST_P384", KeyUsage="KEY_AGREEMENT")["KeyMetadata"]["Arn"]
+    agreement = enclave.kms.create_key(KeySpec="ECC_NIST_P384", KeyUsage="KEY_AGREEMENT")[
+        "KeyMetadata"
+    ]["Arn"]
     peer = ec.generate_private_key(ec.SECP384R1()).public_key()
-    spki = peer.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    spki = peer.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     enclave.place(spki, "peer.pub")
     prelude = f'set -e\nattestor() {{ {sys.executable} -m attestor "$@"; }}\n'
     keys: dict[str, str | None] = {"KEY": arn(enclave), "AGREEMENT_KEY": agreement}
@@ -141,7 +163,16 @@ def test_what_cannot_be_asked(enclave: Enclave, command: list[str], part: str) -
 
 def test_all_files_or_none(enclave: Enclave) -> None:
     enclave.place(b"mine", "pub")
-    command = ["generate-data-key-pair", "--key-id", arn(enclave), "--spec", "ECC_NIST_P256", "key", "pub", "blob"]
+    command = [
+        "generate-data-key-pair",
+        "--key-id",
+        arn(enclave),
+        "--spec",
+        "ECC_NIST_P256",
+        "key",
+        "pub",
+        "blob",
+    ]
     run = enclave.attestor(*command)
     assert (run.status, run.error) == (7, "pub exists")
     assert enclave.files() == {"pub"}
@@ -149,17 +180,23 @@ def test_all_files_or_none(enclave: Enclave) -> None:
     assert enclave.files() == {"key", "pub", "blob"}
 
 
-@pytest.mark.parametrize("fault", ["no-envelope", "plaintext-beside", "wrong-key-id", "other-public-key"])
+@pytest.mark.parametrize(
+    "fault", ["no-envelope", "plaintext-beside", "wrong-key-id", "other-public-key"]
+)
 def test_no_answer_falls_back(enclaves: Callable[..., Enclave], fault: str) -> None:
     enclave = enclaves(faults=[fault])
-    run = enclave.attestor("generate-data-key", "--key-id", arn(enclave), "--spec", "AES_256", "key", "blob")
+    run = enclave.attestor(
+        "generate-data-key", "--key-id", arn(enclave), "--spec", "AES_256", "key", "blob"
+    )
     assert run.status == 6, run.err
     assert enclave.files() == set()
 
 
 def test_a_refusal_of_kms(enclaves: Callable[..., Enclave]) -> None:
     enclave = enclaves(debug=True)
-    run = enclave.attestor("generate-data-key", "--key-id", arn(enclave), "--spec", "AES_256", "key", "blob")
+    run = enclave.attestor(
+        "generate-data-key", "--key-id", arn(enclave), "--spec", "AES_256", "key", "blob"
+    )
     assert run.status == 4
     assert "refused to generate data key: AccessDeniedException" in run.error
     assert enclave.files() == set()

@@ -40,8 +40,13 @@ def unshared(enclave: Enclave, script: str) -> Run:
 def namespaces() -> None:
     """Skip where nobody may mount."""
     command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    if shutil.which("unshare") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mount namespaces are not to be had: as root, or with user namespaces allowed, they are")
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
+        pytest.skip(
+            "mount namespaces are not to be had: as root, or with user namespaces allowed, they are"
+        )
 
 
 def refused(enclave: Enclave, run: Run, part: str, left: set[str]) -> None:
@@ -104,7 +109,9 @@ def test_a_target_that_cannot_be(ready: Enclave, target: str, part: str) -> None
 
 
 def test_the_folder_is_checked_before_kms_is_called(ready: Enclave) -> None:
-    run = ready.attestor("decrypt", "--any-key", "blob", "absent/out", environment={"AWS_ACCESS_KEY_ID": None})
+    run = ready.attestor(
+        "decrypt", "--any-key", "blob", "absent/out", environment={"AWS_ACCESS_KEY_ID": None}
+    )
     assert run.status == 7
 
 
@@ -129,7 +136,8 @@ def test_a_full_disk(ready: Enclave, namespaces: None) -> None:
     run = unshared(
         ready,
         "mkdir full && mount -t tmpfs -o size=8k none full && "
-        "{ cat /dev/zero > full/filler 2>/dev/null; attestor blob full/out; status=$?; ls -A full; exit $status; }",
+        "{ cat /dev/zero > full/filler 2>/dev/null; attestor blob full/out; status=$?; ls -A "
+        "full; exit $status; }",
     )
     assert (run.status, run.out) == (7, b"filler\n")
     assert "No space left on device" in run.error
@@ -142,7 +150,9 @@ def test_a_read_only_folder(ready: Enclave, namespaces: None) -> None:
 
 
 @pytest.mark.parametrize("options", ["", "--force"])
-def test_without_proc_a_temporary_name_serves(ready: Enclave, namespaces: None, options: str) -> None:
+def test_without_proc_a_temporary_name_serves(
+    ready: Enclave, namespaces: None, options: str
+) -> None:
     run = unshared(ready, f"umask 0; mount -t tmpfs none /proc && attestor {options} blob out")
     assert run == Run(0, b"", "")
     assert (ready.folder / "out").read_bytes() == PLAINTEXT
@@ -161,10 +171,17 @@ def test_without_proc_a_temporary_name_serves(ready: Enclave, namespaces: None, 
     [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT+SIGTERM", 130), ("ENOSPC", 7)],
 )
 def test_an_interrupted_write_leaves_nothing(
-    ready: Enclave, options: tuple[str, ...], point: str, named: dict[str, str | None], what: str, status: int
+    ready: Enclave,
+    options: tuple[str, ...],
+    point: str,
+    named: dict[str, str | None],
+    what: str,
+    status: int,
 ) -> None:
     command = ("decrypt", "--any-key", *options, "blob", "out")
-    run = ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command, environment=named)
+    run = ready.run(
+        sys.executable, "-m", "tests.interrupt", point, what, *command, environment=named
+    )
     assert run.status == status, run.err
     assert ready.files() == {"blob"}
     assert "Traceback" not in run.err
@@ -172,15 +189,22 @@ def test_an_interrupted_write_leaves_nothing(
 
 @pytest.mark.parametrize("options", [(), ("--force",)])
 @pytest.mark.parametrize(("point", "what"), [("fsync", "SIGKILL"), ("write", "SIGKILL")])
-def test_even_sigkill_leaves_nothing(ready: Enclave, options: tuple[str, ...], point: str, what: str) -> None:
+def test_even_sigkill_leaves_nothing(
+    ready: Enclave, options: tuple[str, ...], point: str, what: str
+) -> None:
     command = ("decrypt", "--any-key", *options, "blob", "out")
-    assert ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command).status == -signal.SIGKILL
+    assert (
+        ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command).status
+        == -signal.SIGKILL
+    )
     assert ready.files() == {"blob"}
 
 
 @pytest.mark.parametrize("what", ["SIGINT", "SIGTERM"])
 def test_a_signal_behind_the_point_of_no_return_comes_too_late(ready: Enclave, what: str) -> None:
-    run = ready.run(sys.executable, "-m", "tests.interrupt", "link", what, "decrypt", "--any-key", "blob", "out")
+    run = ready.run(
+        sys.executable, "-m", "tests.interrupt", "link", what, "decrypt", "--any-key", "blob", "out"
+    )
     assert run == Run(0, b"", "")
     assert (ready.folder / "out").read_bytes() == PLAINTEXT
 
@@ -195,7 +219,9 @@ def test_a_failing_replacement_leaves_the_old_one(ready: Enclave, point: str) ->
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_kms_is_silent(enclaves: Callable[..., Enclave], number: signal.Signals, status: int) -> None:
+def test_a_signal_while_kms_is_silent(
+    enclaves: Callable[..., Enclave], number: signal.Signals, status: int
+) -> None:
     enclave = enclaves(faults=["hang"])
     enclave.place(enclave.encrypt())
     child = subprocess.Popen(
@@ -239,8 +265,11 @@ def test_standard_output_that_is_closed_or_full(ready: Enclave) -> None:
 def test_the_core_limit_is_zero(ready: Enclave, tmp_path: Path) -> None:
     program = (
         "import attestor, resource, sys\n"
-        "attestor.cli.main = lambda: print(resource.getrlimit(resource.RLIMIT_CORE)) or sys.exit(0)\n"
+        "attestor.cli.main = lambda: print(resource.getrlimit(resource.RLIMIT_CORE)) or "
+        "sys.exit(0)\n"
         "attestor.main()"
     )
-    run = ready.run("sh", "-c", f'ulimit -c unlimited; exec {sys.executable} -c "$1"', "sh", program)
+    run = ready.run(
+        "sh", "-c", f'ulimit -c unlimited; exec {sys.executable} -c "$1"', "sh", program
+    )
     assert run.out == b"(0, 0)\n"

@@ -1,4 +1,6 @@
-"""The parent's side: bytes forwarded both ways, status lines collected; over TCP here, over vsock in a VM."""
+"""The parent's side: bytes forwarded both ways, status lines collected; over TCP here, over vsock
+in a VM.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,9 @@ def test_a_server_that_resets() -> None:
 
 
 def test_the_end_waits_for_nobody() -> None:
-    """Neither for a client that says nothing, nor for a server that never closes, nor for a half-sent status line."""
+    """Neither for a client that says nothing, nor for a server that never closes, nor for a
+    half-sent status line.
+    """
     before = threading.active_count()
     stubborn, port = listening()
     lines: list[str] = []
@@ -205,7 +209,13 @@ def told(*sent: bytes) -> list[Any]:
 
 
 def test_status_lines() -> None:
-    fields = {"version": 1, "step": "inject", "status": 0, "pcrs": {"0": "ab"}, "text": "\u00e9\x1b[2J"}
+    fields = {
+        "version": 1,
+        "step": "inject",
+        "status": 0,
+        "pcrs": {"0": "ab"},
+        "text": "\u00e9\x1b[2J",
+    }
     line = json.dumps(fields, ensure_ascii=False).encode()
     assert told(line + b"\n", line, b"{}\n") == [fields, fields, {}]
 
@@ -240,13 +250,17 @@ def test_connections_that_bring_nothing() -> None:
 # S3 by its real names, as it is asked for through vsock
 
 
-@pytest.mark.parametrize("host", ["s3.eu-west-1.amazonaws.com", "a-bucket.s3.eu-west-1.amazonaws.com"])
+@pytest.mark.parametrize(
+    "host", ["s3.eu-west-1.amazonaws.com", "a-bucket.s3.eu-west-1.amazonaws.com"]
+)
 def test_the_names_of_s3(enclave: Enclave, host: str) -> None:
     enclave.world.store.objects["a-bucket/folder/a key"] = b"content"
     context = ssl.create_default_context(cafile=enclave.environment["AWS_CA_BUNDLE"])
     with context.wrap_socket(dial(enclave.world.port), server_hostname=host) as connection:
         path = "/folder/a%20key" if host.startswith("a-bucket") else "/a-bucket/folder/a%20key"
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+        )
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"\r\n\r\ncontent")
@@ -264,7 +278,9 @@ def test_without_vsock(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    with pytest.raises(SimulatorError, match=r"vsock port 8000: Address family not supported.*modprobe"):
+    with pytest.raises(
+        SimulatorError, match=r"vsock port 8000: Address family not supported.*modprobe"
+    ):
         services(Ports())
 
 
@@ -292,7 +308,9 @@ def test_forwarding_over_vsock() -> None:
     """Half-closing and much data, over the real address family."""
     data = os.urandom(3_000_003)
     with server(backwards) as port:
-        made = listeners(Ports(18000, 18001, 18002, 18003), kms=port, metadata=port, tell=lambda _: None)
+        made = listeners(
+            Ports(18000, 18001, 18002, 18003), kms=port, metadata=port, tell=lambda _: None
+        )
         before = threading.active_count()
         with Parent(made):
             for entrance in (18000, 18001, 18002):
@@ -322,7 +340,9 @@ context = {{ node = "${{NODE}}" }}
 
 @pytest.mark.vm
 def test_a_world_behind_vsock(tmp_path: Path) -> None:
-    """What an enclave does: credentials and a tag of the instance, a blob from S3 and KMS, all through the parent."""
+    """What an enclave does: credentials and a tag of the instance, a blob from S3 and KMS, all
+    through the parent.
+    """
     with World(vsock=True, tags={"mpa-node": "3"}) as world:
         with dial_vsock(8003) as client:
             client.sendall(b'{"version": 1, "step": "network", "status": 0}\n')
@@ -330,7 +350,9 @@ def test_a_world_behind_vsock(tmp_path: Path) -> None:
         assert [json.loads(line)["step"] for line in world.status_lines] == ["network"]
         enclave = Enclave(world, tmp_path)
         world.store.objects["a-bucket/node-3"] = enclave.encrypt(node="3")
-        (tmp_path / "m.toml").write_text(MANIFEST.format(key=world.kms.key_arn, folder=tmp_path), encoding="utf-8")
+        (tmp_path / "m.toml").write_text(
+            MANIFEST.format(key=world.kms.key_arn, folder=tmp_path), encoding="utf-8"
+        )
         run = enclave.attestor("inject", "m.toml", environment=dict.fromkeys(HOSTS_OWN))
     assert run == Run(0, b"", "")
     assert (tmp_path / "out").read_bytes() == b"the secret"

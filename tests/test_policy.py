@@ -1,10 +1,11 @@
 """Key policies: how KMS decides, what is wrong with one, and how a right one is written.
 
-The table of decisions is written from AWS's documentation; each case names the rule that it shows. EVAL is "Policy
-evaluation logic", COND "Condition operators", MULTI "Conditions with multiple context keys or values", SETS "Set
-operators for multivalued context keys", PRINCIPAL and NOTPRINCIPAL "Principal" and "NotPrincipal", ELEMENTS the rest of
-"IAM JSON policy elements reference" of the IAM User Guide; KMS is "Condition keys for AWS KMS" and "Key policies" of
-the KMS Developer Guide.
+The table of decisions is written from AWS's documentation; each case names the rule that it shows.
+EVAL is "Policy evaluation logic", COND "Condition operators", MULTI "Conditions with multiple
+context keys or values", SETS "Set operators for multivalued context keys", PRINCIPAL and
+NOTPRINCIPAL "Principal" and "NotPrincipal", ELEMENTS the rest of "IAM JSON policy elements
+reference" of the IAM User Guide; KMS is "Condition keys for AWS KMS" and "Key policies" of the KMS
+Developer Guide.
 """
 
 from __future__ import annotations
@@ -57,7 +58,12 @@ Json = dict[str, Any]
 
 def statement(condition: Json | None = None, effect: str = "Allow", **members: Any) -> Json:
     """A statement about kms:Decrypt by the enclave's role; None drops a member."""
-    default: Json = {"Effect": effect, "Principal": {"AWS": ROLE}, "Action": "kms:Decrypt", "Resource": "*"}
+    default: Json = {
+        "Effect": effect,
+        "Principal": {"AWS": ROLE},
+        "Action": "kms:Decrypt",
+        "Resource": "*",
+    }
     if condition is not None:
         default["Condition"] = condition
     return {name: value for name, value in (default | members).items() if value is not None}
@@ -69,7 +75,12 @@ def parse(*statements: Json) -> Policy:
 
 def request(**members: Any) -> Request:
     """kms:Decrypt by a session of the enclave's role, with a document of the right PCR0."""
-    default: Json = {"principal": SESSION, "action": "kms:Decrypt", "resource": KEY, "pcrs": {0: bytes.fromhex(GOOD)}}
+    default: Json = {
+        "principal": SESSION,
+        "action": "kms:Decrypt",
+        "resource": KEY,
+        "pcrs": {0: bytes.fromhex(GOOD)},
+    }
     return Request(**(default | members))
 
 
@@ -83,19 +94,30 @@ NO_DOCUMENT: Final[Json] = {"pcrs": None}
 
 
 def allow(**condition: Json) -> list[Json]:
-    """One Allow with these condition operators, in which _ stands for the colon after a set operator."""
+    """One Allow with these condition operators, in which _ stands for the colon after a set
+    operator.
+    """
     return [statement({name.replace("_", ":"): keys for name, keys in condition.items()})]
 
 
 def deny(**condition: Json) -> list[Json]:
     """The same as a Deny, beside an Allow of everything."""
-    return [OPEN, statement({name.replace("_", ":"): keys for name, keys in condition.items()}, effect="Deny")]
+    return [
+        OPEN,
+        statement(
+            {name.replace("_", ":"): keys for name, keys in condition.items()}, effect="Deny"
+        ),
+    ]
 
 
 CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
     # -- effects
     "EVAL: an allow that applies allows": ([OPEN], {}, ALLOWED),
-    "EVAL: without an allow it is denied implicitly": ([statement(Action="kms:Encrypt")], {}, DENIED),
+    "EVAL: without an allow it is denied implicitly": (
+        [statement(Action="kms:Encrypt")],
+        {},
+        DENIED,
+    ),
     "EVAL: an explicit deny overrides any allow": ([OPEN, statement(effect="Deny")], {}, DENIED),
     "EVAL: the order of statements does not matter": ([statement(effect="Deny"), OPEN], {}, DENIED),
     "EVAL: a deny that does not apply changes nothing": (
@@ -103,8 +125,16 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         {},
         ALLOWED,
     ),
-    "EVAL: one of several allows is enough": ([*allow(StringEquals={PCR0: BAD}), OPEN], {}, ALLOWED),
-    "EVAL: a deny alone allows nobody else": ([statement(effect="Deny", Principal={"AWS": USER})], {}, DENIED),
+    "EVAL: one of several allows is enough": (
+        [*allow(StringEquals={PCR0: BAD}), OPEN],
+        {},
+        ALLOWED,
+    ),
+    "EVAL: a deny alone allows nobody else": (
+        [statement(effect="Deny", Principal={"AWS": USER})],
+        {},
+        DENIED,
+    ),
     # -- principals
     "PRINCIPAL: a role's sessions are the role": ([OPEN], {"principal": SESSION}, ALLOWED),
     "PRINCIPAL: the role itself": ([OPEN], {"principal": ROLE}, ALLOWED),
@@ -121,7 +151,11 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         DENIED,
     ),
     "PRINCIPAL: a session named in full": ([statement(Principal={"AWS": SESSION})], {}, ALLOWED),
-    "PRINCIPAL: another session of the role": ([statement(Principal={"AWS": f"{SESSION}1"})], {}, DENIED),
+    "PRINCIPAL: another session of the role": (
+        [statement(Principal={"AWS": f"{SESSION}1"})],
+        {},
+        DENIED,
+    ),
     "PRINCIPAL: a role's ARN does not tell its session": (
         [statement(Principal={"AWS": SESSION})],
         {"principal": ROLE},
@@ -130,30 +164,62 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
     "PRINCIPAL: one of a list": ([statement(Principal={"AWS": [USER, ROLE]})], {}, ALLOWED),
     "PRINCIPAL: * is everyone": ([statement(Principal="*")], {}, ALLOWED),
     "PRINCIPAL: AWS * is everyone": ([statement(Principal={"AWS": "*"})], {}, ALLOWED),
-    "PRINCIPAL: wildcards do not match a part of a name": ([statement(Principal={"AWS": f"{ROLE[:-1]}*"})], {}, DENIED),
-    "PRINCIPAL: a service is no role": ([statement(Principal={"Service": "ec2.amazonaws.com"})], {}, DENIED),
+    "PRINCIPAL: wildcards do not match a part of a name": (
+        [statement(Principal={"AWS": f"{ROLE[:-1]}*"})],
+        {},
+        DENIED,
+    ),
+    "PRINCIPAL: a service is no role": (
+        [statement(Principal={"Service": "ec2.amazonaws.com"})],
+        {},
+        DENIED,
+    ),
     "PRINCIPAL: the id of a deleted role is nobody": (
         [statement(Principal={"AWS": "AROAEXAMPLEEXAMPLE123"})],
         {},
         DENIED,
     ),
-    "PRINCIPAL: another partition": ([statement(Principal={"AWS": ROLE.replace("aws", "aws-cn")})], {}, DENIED),
-    "KMS: the account delegates to its identity policies": ([statement(Principal={"AWS": ROOT})], {}, UNDETERMINED),
+    "PRINCIPAL: another partition": (
+        [statement(Principal={"AWS": ROLE.replace("aws", "aws-cn")})],
+        {},
+        DENIED,
+    ),
+    "KMS: the account delegates to its identity policies": (
+        [statement(Principal={"AWS": ROOT})],
+        {},
+        UNDETERMINED,
+    ),
     "KMS: the account's bare id, too": ([statement(Principal={"AWS": ACCOUNT})], {}, UNDETERMINED),
     "KMS: a delegation under a condition that fails": (
         [statement({"StringEquals": {PCR0: BAD}}, Principal={"AWS": ROOT})],
         {},
         DENIED,
     ),
-    "KMS: the root user needs no identity policy": ([statement(Principal={"AWS": ROOT})], {"principal": ROOT}, ALLOWED),
-    "KMS: the root user by the account's id": ([statement(Principal={"AWS": ACCOUNT})], {"principal": ROOT}, ALLOWED),
+    "KMS: the root user needs no identity policy": (
+        [statement(Principal={"AWS": ROOT})],
+        {"principal": ROOT},
+        ALLOWED,
+    ),
+    "KMS: the root user by the account's id": (
+        [statement(Principal={"AWS": ACCOUNT})],
+        {"principal": ROOT},
+        ALLOWED,
+    ),
     "EVAL: a deny for the account reaches everyone in it": (
         [OPEN, statement(effect="Deny", Principal={"AWS": ROOT})],
         {},
         DENIED,
     ),
-    "EVAL: a direct allow needs no delegation": ([statement(Principal={"AWS": ROOT}), OPEN], {}, ALLOWED),
-    "EVAL: a deny beats a delegation": ([statement(Principal={"AWS": ROOT}), statement(effect="Deny")], {}, DENIED),
+    "EVAL: a direct allow needs no delegation": (
+        [statement(Principal={"AWS": ROOT}), OPEN],
+        {},
+        ALLOWED,
+    ),
+    "EVAL: a deny beats a delegation": (
+        [statement(Principal={"AWS": ROOT}), statement(effect="Deny")],
+        {},
+        DENIED,
+    ),
     "EVAL: across accounts an identity policy must allow, too": (
         [statement(Principal={"AWS": OTHER})],
         {"principal": OTHER},
@@ -199,7 +265,11 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         {},
         ALLOWED,
     ),
-    "ELEMENTS: NotAction does not allow what it lists": ([statement(Action=None, NotAction="kms:Dec*")], {}, DENIED),
+    "ELEMENTS: NotAction does not allow what it lists": (
+        [statement(Action=None, NotAction="kms:Dec*")],
+        {},
+        DENIED,
+    ),
     "KMS: in a key policy * is this key": ([statement(Resource="*")], {}, ALLOWED),
     "ELEMENTS: the key's ARN": ([statement(Resource=KEY)], {}, ALLOWED),
     "ELEMENTS: another key's ARN": ([statement(Resource=KEY[:-1] + "c")], {}, DENIED),
@@ -207,16 +277,52 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
     # -- attestation
     "KMS: the PCR of the document": (allow(StringEquals={PCR0: GOOD}), {}, ALLOWED),
     "KMS: another PCR": (allow(StringEquals={PCR0: BAD}), {}, DENIED),
-    "KMS: without a document the key is absent": (allow(StringEquals={PCR0: GOOD}), NO_DOCUMENT, DENIED),
-    "KMS: ImageSha384 is PCR0": (allow(StringEquals={f"{ATTESTATION}ImageSha384": GOOD}), {}, ALLOWED),
-    "KMS: a PCR that the document lacks": (allow(StringEquals={f"{ATTESTATION}PCR16": GOOD}), {}, DENIED),
-    "KMS: names of condition keys have no case": (allow(StringEquals={PCR0.upper(): GOOD}), {}, ALLOWED),
+    "KMS: without a document the key is absent": (
+        allow(StringEquals={PCR0: GOOD}),
+        NO_DOCUMENT,
+        DENIED,
+    ),
+    "KMS: ImageSha384 is PCR0": (
+        allow(StringEquals={f"{ATTESTATION}ImageSha384": GOOD}),
+        {},
+        ALLOWED,
+    ),
+    "KMS: a PCR that the document lacks": (
+        allow(StringEquals={f"{ATTESTATION}PCR16": GOOD}),
+        {},
+        DENIED,
+    ),
+    "KMS: names of condition keys have no case": (
+        allow(StringEquals={PCR0.upper(): GOOD}),
+        {},
+        ALLOWED,
+    ),
     "KMS: values are in lower case": (allow(StringEquals={PCR0: GOOD.upper()}), {}, DENIED),
-    "COND: StringEqualsIgnoreCase": (allow(StringEqualsIgnoreCase={PCR0: GOOD.upper()}), {}, ALLOWED),
-    "KMS: 0x is no part of the value": (allow(StringEqualsIgnoreCase={PCR0: f"0x{GOOD}"}), {}, DENIED),
-    "KMS: debug mode reports zeros": (allow(StringEquals={PCR0: ZERO}), {"pcrs": {0: bytes(48)}}, ALLOWED),
-    "KMS: NitroTPM has keys of its own": (allow(StringEquals={f"{ATTESTATION}NitroTPMPCR0": GOOD}), {}, DENIED),
-    "KMS: a misspelt key is absent": (allow(StringEquals={"kms:RecipientAttestation:PCRO": GOOD}), {}, DENIED),
+    "COND: StringEqualsIgnoreCase": (
+        allow(StringEqualsIgnoreCase={PCR0: GOOD.upper()}),
+        {},
+        ALLOWED,
+    ),
+    "KMS: 0x is no part of the value": (
+        allow(StringEqualsIgnoreCase={PCR0: f"0x{GOOD}"}),
+        {},
+        DENIED,
+    ),
+    "KMS: debug mode reports zeros": (
+        allow(StringEquals={PCR0: ZERO}),
+        {"pcrs": {0: bytes(48)}},
+        ALLOWED,
+    ),
+    "KMS: NitroTPM has keys of its own": (
+        allow(StringEquals={f"{ATTESTATION}NitroTPMPCR0": GOOD}),
+        {},
+        DENIED,
+    ),
+    "KMS: a misspelt key is absent": (
+        allow(StringEquals={"kms:RecipientAttestation:PCRO": GOOD}),
+        {},
+        DENIED,
+    ),
     # -- several keys and values
     "MULTI: several keys are ANDed": (allow(StringEquals={PCR0: GOOD, PCR1: GOOD}), {}, DENIED),
     "MULTI: several keys that all hold": (
@@ -230,8 +336,16 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         {},
         DENIED,
     ),
-    "MULTI: values of a negated operator are NORed": (allow(StringNotEquals={PCR0: [BAD, GOOD]}), {}, DENIED),
-    "MULTI: a negated operator with none of the values": (allow(StringNotEquals={PCR0: [BAD, ZERO]}), {}, ALLOWED),
+    "MULTI: values of a negated operator are NORed": (
+        allow(StringNotEquals={PCR0: [BAD, GOOD]}),
+        {},
+        DENIED,
+    ),
+    "MULTI: a negated operator with none of the values": (
+        allow(StringNotEquals={PCR0: [BAD, ZERO]}),
+        {},
+        ALLOWED,
+    ),
     "MULTI: a deny of two negated keys needs both to differ": (
         deny(StringNotEquals={PCR0: GOOD, PCR1: GOOD}),
         {},
@@ -239,39 +353,83 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
     ),
     "MULTI: a deny of one negated key guards": (deny(StringNotEquals={PCR0: BAD}), {}, DENIED),
     # -- operators
-    "COND: negated operators hold for an absent key": (allow(StringNotEquals={PCR0: BAD}), NO_DOCUMENT, ALLOWED),
-    "COND: so a negated deny applies without a document": (deny(StringNotEquals={PCR0: GOOD}), NO_DOCUMENT, DENIED),
-    "COND: and spares the right document": (deny(StringNotEqualsIgnoreCase={PCR0: GOOD.upper()}), {}, ALLOWED),
-    "COND: StringNotEquals minds the case": (allow(StringNotEquals={PCR0: GOOD.upper()}), {}, ALLOWED),
+    "COND: negated operators hold for an absent key": (
+        allow(StringNotEquals={PCR0: BAD}),
+        NO_DOCUMENT,
+        ALLOWED,
+    ),
+    "COND: so a negated deny applies without a document": (
+        deny(StringNotEquals={PCR0: GOOD}),
+        NO_DOCUMENT,
+        DENIED,
+    ),
+    "COND: and spares the right document": (
+        deny(StringNotEqualsIgnoreCase={PCR0: GOOD.upper()}),
+        {},
+        ALLOWED,
+    ),
+    "COND: StringNotEquals minds the case": (
+        allow(StringNotEquals={PCR0: GOOD.upper()}),
+        {},
+        ALLOWED,
+    ),
     "COND: StringLike takes *": (allow(StringLike={PCR0: "abab*"}), {}, ALLOWED),
     "COND: StringLike takes ?": (allow(StringLike={PCR0: "?" * 96}), {}, ALLOWED),
     "COND: StringLike is whole": (allow(StringLike={PCR0: "abab"}), {}, DENIED),
     "COND: StringEquals takes no wildcards": (allow(StringEquals={PCR0: "*"}), {}, DENIED),
     "COND: StringNotLike": (allow(StringNotLike={PCR0: "ab*"}), {}, DENIED),
     "COND: StringNotLike of another pattern": (allow(StringNotLike={PCR0: "cd*"}), {}, ALLOWED),
-    "COND: IfExists holds for an absent key": (allow(StringEqualsIfExists={PCR0: GOOD}), NO_DOCUMENT, ALLOWED),
-    "COND: IfExists compares a key that is there": (allow(StringEqualsIfExists={PCR0: BAD}), {}, DENIED),
+    "COND: IfExists holds for an absent key": (
+        allow(StringEqualsIfExists={PCR0: GOOD}),
+        NO_DOCUMENT,
+        ALLOWED,
+    ),
+    "COND: IfExists compares a key that is there": (
+        allow(StringEqualsIfExists={PCR0: BAD}),
+        {},
+        DENIED,
+    ),
     "COND: Null true wants the key absent": (deny(Null={PCR0: "true"}), NO_DOCUMENT, DENIED),
     "COND: Null true with the key": (deny(Null={PCR0: True}), {}, ALLOWED),
     "COND: Null false wants the key": (allow(Null={PCR0: "false"}), {}, ALLOWED),
     "COND: Null false without the key": (allow(Null={PCR0: "false"}), NO_DOCUMENT, DENIED),
     "COND: Bool": (allow(Bool={"aws:SecureTransport": "true"}), {}, ALLOWED),
     "COND: Bool false": (deny(Bool={"aws:SecureTransport": False}), {}, ALLOWED),
-    "COND: ArnLike by parts": (allow(ArnLike={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/Enc*"}), {}, ALLOWED),
-    "COND: ArnEquals takes wildcards, too": (allow(ArnEquals={"aws:PrincipalArn": "arn:*:iam::*:role/*"}), {}, ALLOWED),
+    "COND: ArnLike by parts": (
+        allow(ArnLike={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/Enc*"}),
+        {},
+        ALLOWED,
+    ),
+    "COND: ArnEquals takes wildcards, too": (
+        allow(ArnEquals={"aws:PrincipalArn": "arn:*:iam::*:role/*"}),
+        {},
+        ALLOWED,
+    ),
     "COND: a wildcard of an ARN spans no colon": (
         allow(ArnLike={"aws:PrincipalArn": "arn:aws:*:role/Enclave:*:*"}),
         {},
         DENIED,
     ),
     "COND: ArnNotLike": (deny(ArnNotLike={"aws:PrincipalArn": ROLE}), {}, ALLOWED),
-    "COND: ArnNotEquals of another role": (deny(ArnNotEquals={"aws:PrincipalArn": ADMIN}), {}, DENIED),
+    "COND: ArnNotEquals of another role": (
+        deny(ArnNotEquals={"aws:PrincipalArn": ADMIN}),
+        {},
+        DENIED,
+    ),
     "COND: Null of something else": (allow(Null={PCR0: "maybe"}), {}, UNDETERMINED),
     "COND: a pattern that is no ARN": (allow(ArnLike={"aws:PrincipalArn": "*"}), {}, UNDETERMINED),
     "SETS: no such set operator": (allow(ForSome_StringEquals={PCR0: GOOD}), {}, UNDETERMINED),
     "COND: operators have no case": (allow(stringequals={PCR0: GOOD}), {}, ALLOWED),
-    "COND: policy variables cannot be told": (allow(StringEquals={PCR0: "${aws:username}"}), {}, UNDETERMINED),
-    "an operator that does not exist never allows": (allow(StringEqual={PCR0: GOOD}), {}, UNDETERMINED),
+    "COND: policy variables cannot be told": (
+        allow(StringEquals={PCR0: "${aws:username}"}),
+        {},
+        UNDETERMINED,
+    ),
+    "an operator that does not exist never allows": (
+        allow(StringEqual={PCR0: GOOD}),
+        {},
+        UNDETERMINED,
+    ),
     "an operator that is not evaluated never allows": (
         allow(NumericLessThan={"aws:MultiFactorAuthAge": 9}),
         {},
@@ -288,16 +446,28 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         {},
         DENIED,
     ),
-    "a key that the request does not tell": (allow(StringEquals={"aws:SourceVpc": "vpc-1"}), {}, UNDETERMINED),
+    "a key that the request does not tell": (
+        allow(StringEquals={"aws:SourceVpc": "vpc-1"}),
+        {},
+        UNDETERMINED,
+    ),
     "a key that the caller tells": (
         allow(StringEquals={"aws:SourceVpc": "vpc-1"}),
         {"keys": {"aws:sourceVPC": "vpc-1"}},
         ALLOWED,
     ),
     # -- sets
-    "SETS: ForAllValues holds for an absent key": (allow(ForAllValues_StringEquals={PCR0: GOOD}), NO_DOCUMENT, ALLOWED),
+    "SETS: ForAllValues holds for an absent key": (
+        allow(ForAllValues_StringEquals={PCR0: GOOD}),
+        NO_DOCUMENT,
+        ALLOWED,
+    ),
     "SETS: ForAllValues of one value": (allow(ForAllValues_StringEquals={PCR0: BAD}), {}, DENIED),
-    "SETS: ForAnyValue fails for an absent key": (allow(ForAnyValue_StringEquals={PCR0: GOOD}), NO_DOCUMENT, DENIED),
+    "SETS: ForAnyValue fails for an absent key": (
+        allow(ForAnyValue_StringEquals={PCR0: GOOD}),
+        NO_DOCUMENT,
+        DENIED,
+    ),
     "SETS: ForAnyValue, negated, fails for an absent key": (
         deny(ForAnyValue_StringNotEquals={PCR0: GOOD}),
         NO_DOCUMENT,
@@ -324,19 +494,31 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         UNDETERMINED,
     ),
     # -- other keys of KMS
-    "KMS: encryption context": (allow(StringEquals={"kms:EncryptionContext:node": "3"}), {"context": CONTEXT}, ALLOWED),
+    "KMS: encryption context": (
+        allow(StringEquals={"kms:EncryptionContext:node": "3"}),
+        {"context": CONTEXT},
+        ALLOWED,
+    ),
     "KMS: encryption context of another value": (
         allow(StringEquals={"kms:EncryptionContext:node": "4"}),
         {"context": CONTEXT},
         DENIED,
     ),
-    "KMS: without encryption context": (allow(StringEquals={"kms:EncryptionContext:node": "3"}), {}, DENIED),
+    "KMS: without encryption context": (
+        allow(StringEquals={"kms:EncryptionContext:node": "3"}),
+        {},
+        DENIED,
+    ),
     "KMS: names of a context have no case in a condition": (
         allow(StringEquals={"kms:EncryptionContext:NODE": "3"}),
         {"context": CONTEXT},
         ALLOWED,
     ),
-    "KMS: an absent context is Null": (deny(Null={"kms:EncryptionContextKeys": "true"}), {}, DENIED),
+    "KMS: an absent context is Null": (
+        deny(Null={"kms:EncryptionContextKeys": "true"}),
+        {},
+        DENIED,
+    ),
     "KMS: CallerAccount": (allow(StringEquals={"kms:CallerAccount": ACCOUNT}), {}, ALLOWED),
     "KMS: a direct call comes via no service": (
         allow(StringEquals={"kms:ViaService": "s3.eu-west-1.amazonaws.com"}),
@@ -348,7 +530,11 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         {"keys": {"kms:KeySpec": "SYMMETRIC_DEFAULT"}},
         ALLOWED,
     ),
-    "KMS: or not known": (allow(StringEquals={"kms:KeySpec": "SYMMETRIC_DEFAULT"}), {}, UNDETERMINED),
+    "KMS: or not known": (
+        allow(StringEquals={"kms:KeySpec": "SYMMETRIC_DEFAULT"}),
+        {},
+        UNDETERMINED,
+    ),
 }
 
 
@@ -375,8 +561,14 @@ def test_findings_name_both_values() -> None:
 
 
 def test_findings_name_what_else_differs() -> None:
-    found = decide([statement(Principal={"AWS": USER}, Action="kms:Encrypt", Resource=KEY[:-1])], request())
-    assert [reason.partition(" ")[0] for reason in found.statements[0].reasons] == ["principal", "action", "resource"]
+    found = decide(
+        [statement(Principal={"AWS": USER}, Action="kms:Encrypt", Resource=KEY[:-1])], request()
+    )
+    assert [reason.partition(" ")[0] for reason in found.statements[0].reasons] == [
+        "principal",
+        "action",
+        "resource",
+    ]
 
 
 def test_only_identity_policies_are_missing_for_a_delegated_decision() -> None:
@@ -388,7 +580,9 @@ def test_only_identity_policies_are_missing_for_a_delegated_decision() -> None:
     assert not decide([OPEN], request()).delegated
 
 
-@pytest.mark.parametrize("principal", ["", "Enclave", "arn:aws:iam::1:role/R", "arn:aws:s3:::bucket", KEY])
+@pytest.mark.parametrize(
+    "principal", ["", "Enclave", "arn:aws:iam::1:role/R", "arn:aws:s3:::bucket", KEY]
+)
 def test_principals_that_are_none_are_refused(principal: str) -> None:
     with pytest.raises(PolicyError):
         decide([OPEN], request(principal=principal))
@@ -401,9 +595,17 @@ def test_a_resource_that_is_no_arn_is_refused() -> None:
 
 def test_patterns_are_matched_in_reasonable_time() -> None:
     pattern = "*a" * 2000 + "b"
-    assert decide(allow(StringLike={PCR0: pattern}), request(pcrs={0: b"\xaa" * 48})).decision is DENIED
+    assert (
+        decide(allow(StringLike={PCR0: pattern}), request(pcrs={0: b"\xaa" * 48})).decision
+        is DENIED
+    )
     long = {"context": {"x": "a" * 8000}}
-    assert decide(allow(StringLike={"kms:EncryptionContext:x": "*a" * 200 + "b"}), request(**long)).decision is DENIED
+    assert (
+        decide(
+            allow(StringLike={"kms:EncryptionContext:x": "*a" * 200 + "b"}), request(**long)
+        ).decision
+        is DENIED
+    )
 
 
 # ---- reading
@@ -438,7 +640,9 @@ BROKEN: Final[dict[str, str | bytes]] = {
     "a condition of text": json.dumps({"Statement": [statement(Condition="x")]}),
     "an operator of text": json.dumps({"Statement": [statement(Condition={"StringEquals": "x"})]}),
     "no values": json.dumps({"Statement": [statement(Condition={"StringEquals": {PCR0: []}})]}),
-    "a value that is an object": json.dumps({"Statement": [statement(Condition={"StringEquals": {PCR0: {}}})]}),
+    "a value that is an object": json.dumps(
+        {"Statement": [statement(Condition={"StringEquals": {PCR0: {}}})]}
+    ),
 }
 
 
@@ -459,16 +663,27 @@ def test_booleans_and_numbers_are_their_text() -> None:
 
 
 _JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["*", "Allow", ROLE, PCR0]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.sampled_from(["*", "Allow", ROLE, PCR0]),
     lambda items: (
         st.lists(items, max_size=3)
-        | st.dictionaries(st.sampled_from([*OPEN, "Condition", "NotAction", "Statement", "AWS", "Null", PCR0]), items)
+        | st.dictionaries(
+            st.sampled_from([*OPEN, "Condition", "NotAction", "Statement", "AWS", "Null", PCR0]),
+            items,
+        )
     ),
     max_leaves=10,
 )
 
 
-@given(st.text(max_size=50) | _JSON.map(json.dumps) | _JSON.map(lambda item: json.dumps({"Statement": item})))
+@given(
+    st.text(max_size=50)
+    | _JSON.map(json.dumps)
+    | _JSON.map(lambda item: json.dumps({"Statement": item}))
+)
 def test_arbitrary_policies_raise_only_policy_errors(text: str) -> None:
     try:
         policy = Policy.parse(text)
@@ -478,7 +693,11 @@ def test_arbitrary_policies_raise_only_policy_errors(text: str) -> None:
     evaluate(policy, request())
 
 
-@given(st.dictionaries(st.sampled_from([*OPEN, "Sid", "NotPrincipal", "NotAction", "Condition"]), _JSON))
+@given(
+    st.dictionaries(
+        st.sampled_from([*OPEN, "Sid", "NotPrincipal", "NotAction", "Condition"]), _JSON
+    )
+)
 def test_arbitrary_statements_raise_only_policy_errors(members: Json) -> None:
     try:
         policy = parse(OPEN | members)
@@ -490,7 +709,9 @@ def test_arbitrary_statements_raise_only_policy_errors(members: Json) -> None:
 
 # ---- checking
 
-ADMINISTRATION: Final = statement(Principal={"AWS": ADMIN}, Action=["kms:PutKeyPolicy", "kms:DescribeKey"])
+ADMINISTRATION: Final = statement(
+    Principal={"AWS": ADMIN}, Action=["kms:PutKeyPolicy", "kms:DescribeKey"]
+)
 ATTESTED: Final = statement({"StringEqualsIgnoreCase": {PCR0: GOOD}})
 GUARD: Final = statement(
     {"StringNotEqualsIgnoreCase": {PCR0: GOOD}},
@@ -511,48 +732,82 @@ def attested(**condition: Any) -> Json:
 FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     "nothing is wrong": ([ATTESTED], []),
     "nothing is wrong with a guard": ([ATTESTED, GUARD], []),
-    "ImageSha384 is as good": ([statement({"StringEquals": {f"{ATTESTATION}ImageSha384": GOOD}})], []),
+    "ImageSha384 is as good": (
+        [statement({"StringEquals": {f"{ATTESTATION}ImageSha384": GOOD}})],
+        [],
+    ),
     "an encryptor may encrypt": ([statement(Principal={"AWS": USER}, Action="kms:Encrypt")], []),
     "a misspelt PCR": ([attested(StringEquals={f"{ATTESTATION}PCRO": GOOD})], ["key"]),
     "a PCR out of range": ([attested(StringEquals={f"{ATTESTATION}PCR32": GOOD})], ["key"]),
-    "a padded PCR": ([statement({"StringEquals": {f"{ATTESTATION}PCR00": GOOD}})], ["key", "unattested"]),
+    "a padded PCR": (
+        [statement({"StringEquals": {f"{ATTESTATION}PCR00": GOOD}})],
+        ["key", "unattested"],
+    ),
     "a missing prefix": ([statement({"StringEquals": {"kms:PCR0": GOOD}})], ["key", "unattested"]),
     "a wrong prefix": ([attested(StringEquals={"aws:RecipientAttestation:PCR0": GOOD})], ["key"]),
     "an unnamed context": ([attested(StringEquals={"kms:EncryptionContext:": "x"})], ["key"]),
     "a misspelt key": ([attested(StringEquals={"kms:ViaServices": "x"})], ["key"]),
-    "a known key": ([attested(StringEquals={"KMS:keyspec": "SYMMETRIC_DEFAULT", "aws:SourceVpc": "vpc-1"})], []),
+    "a known key": (
+        [attested(StringEquals={"KMS:keyspec": "SYMMETRIC_DEFAULT", "aws:SourceVpc": "vpc-1"})],
+        [],
+    ),
     "a zero PCR": ([statement({"StringEquals": {PCR0: [GOOD, ZERO]}})], ["zero_pcr"]),
     "zeros spared by a guard": (
         [ATTESTED, GUARD | {"Condition": {"StringNotEquals": {PCR0: [GOOD, ZERO]}}}],
         ["zero_pcr"],
     ),
     "a pattern that zeros fit": ([statement({"StringLike": {PCR0: "*"}})], ["zero_pcr"]),
-    "zeros denied": ([ATTESTED, statement({"StringEquals": {PCR0: ZERO}}, effect="Deny", Principal="*")], []),
+    "zeros denied": (
+        [ATTESTED, statement({"StringEquals": {PCR0: ZERO}}, effect="Deny", Principal="*")],
+        [],
+    ),
     "a pattern": ([statement({"StringLike": {PCR0: "ab*"}})], ["pcr_pattern"]),
     "a short value": ([statement({"StringEquals": {PCR0: GOOD[:-1]}})], ["pcr_length"]),
     "SHA-256 is too short": ([statement({"StringEquals": {PCR0: "ab" * 32}})], ["pcr_length"]),
     "0x": ([statement({"StringEqualsIgnoreCase": {PCR0: "0X" + GOOD[2:]}})], ["pcr_prefix"]),
     "no hexadecimal": ([statement({"StringEquals": {PCR0: "g" + GOOD[1:]}})], ["pcr_hex"]),
     "upper case": ([statement({"StringEquals": {PCR0: GOOD.upper()}})], ["pcr_case"]),
-    "upper case where it does not matter": ([statement({"StringEqualsIgnoreCase": {PCR0: GOOD.upper()}})], []),
+    "upper case where it does not matter": (
+        [statement({"StringEqualsIgnoreCase": {PCR0: GOOD.upper()}})],
+        [],
+    ),
     "an allow beside it": ([ATTESTED, statement(Principal={"AWS": USER})], ["unattested"]),
     "an allow of ReEncrypt*": ([ATTESTED, statement(Action="kms:ReEncrypt*")], ["unattested"]),
     "an allow beside it, guarded": ([ATTESTED, GUARD, statement(Principal={"AWS": USER})], []),
     "an allow beside it, guarded by Null": (
-        [ATTESTED, GUARD | {"Condition": {"Null": {PCR0: "true"}}}, statement(Principal={"AWS": USER})],
+        [
+            ATTESTED,
+            GUARD | {"Condition": {"Null": {PCR0: "true"}}},
+            statement(Principal={"AWS": USER}),
+        ],
         [],
     ),
     "a guard under another condition does not guard": (
-        [GUARD | {"Condition": GUARD["Condition"] | {"StringEquals": {"kms:EncryptionContext:a": "b"}}}, OPEN],
+        [
+            GUARD
+            | {
+                "Condition": GUARD["Condition"] | {"StringEquals": {"kms:EncryptionContext:a": "b"}}
+            },
+            OPEN,
+        ],
         ["unattested"],
     ),
-    "a guard of one principal does not guard": ([GUARD | {"Principal": {"AWS": USER}}, OPEN], ["unattested"]),
+    "a guard of one principal does not guard": (
+        [GUARD | {"Principal": {"AWS": USER}}, OPEN],
+        ["unattested"],
+    ),
     "ways around": (
         [statement(Action=["kms:CreateGrant", "kms:ReplicateKey", "kms:ImportKeyMaterial"])],
         ["detour"],
     ),
-    "root with everything": ([ATTESTED, statement(Principal={"AWS": ROOT}, Action="kms:*")], ["root_everything"]),
-    "the account with everything": ([statement(Principal={"AWS": ACCOUNT}, Action="*")], ["root_everything"]),
+    "root with everything": (
+        [ATTESTED, statement(Principal={"AWS": ROOT}, Action="kms:*")],
+        ["root_everything"],
+    ),
+    "the account with everything": (
+        [statement(Principal={"AWS": ACCOUNT}, Action="*")],
+        ["root_everything"],
+    ),
     "root that may decrypt": ([statement(Principal={"AWS": ROOT})], ["unattested"]),
     "IfExists": ([statement({"StringEqualsIfExists": {PCR0: GOOD}})], ["vacuous"]),
     "ForAllValues": ([statement({"ForAllValues:StringEquals": {PCR0: GOOD}})], ["vacuous"]),
@@ -564,38 +819,71 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
         ["deny_and"],
     ),
     "several operators in one negated deny": (
-        [ATTESTED, GUARD | {"Condition": {"StringNotEquals": {PCR0: GOOD}, "StringNotLike": {PCR1: GOOD}}}],
+        [
+            ATTESTED,
+            GUARD | {"Condition": {"StringNotEquals": {PCR0: GOOD}, "StringNotLike": {PCR1: GOOD}}},
+        ],
         ["deny_and"],
     ),
     "a deny that needs a document": (
         [ATTESTED, GUARD | {"Condition": {"ForAnyValue:StringNotEquals": {PCR0: GOOD}}}],
         ["deny_hollow"],
     ),
-    "a deny of everything": ([ATTESTED, GUARD | {"Action": "kms:*"}], ["deny_everything", "deny_everything"]),
+    "a deny of everything": (
+        [ATTESTED, GUARD | {"Action": "kms:*"}],
+        ["deny_everything", "deny_everything"],
+    ),
     "attestation by a service": (
         [attested(StringEquals={"kms:ViaService": "s3.eu-west-1.amazonaws.com"})],
         ["via_service"],
     ),
-    "NotAction": ([statement(Action=None, NotAction="kms:Decrypt")], ["not_action", "unattested", "detour"]),
-    "NotResource": ([statement({"StringEquals": {PCR0: GOOD}}, Resource=None, NotResource=KEY)], ["not_resource"]),
+    "NotAction": (
+        [statement(Action=None, NotAction="kms:Decrypt")],
+        ["not_action", "unattested", "detour"],
+    ),
+    "NotResource": (
+        [statement({"StringEquals": {PCR0: GOOD}}, Resource=None, NotResource=KEY)],
+        ["not_resource"],
+    ),
     "NotPrincipal": (
         [ATTESTED, statement(effect="Deny", Principal=None, NotPrincipal={"AWS": ROLE})],
         ["not_principal"],
     ),
-    "everyone": ([statement({"StringEquals": {PCR0: GOOD}}, Principal="*")], ["wildcard_principal"]),
-    "everyone in AWS": ([statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": "*"})], ["wildcard_principal"]),
-    "a part of a name": ([statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": ROLE + "*"})], ["principal"]),
+    "everyone": (
+        [statement({"StringEquals": {PCR0: GOOD}}, Principal="*")],
+        ["wildcard_principal"],
+    ),
+    "everyone in AWS": (
+        [statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": "*"})],
+        ["wildcard_principal"],
+    ),
+    "a part of a name": (
+        [statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": ROLE + "*"})],
+        ["principal"],
+    ),
     "a deleted role": (
         [statement({"StringEquals": {PCR0: GOOD}}, Principal={"AWS": "AROAEXAMPLEEXAMPLE123"})],
         ["principal"],
     ),
-    "encryption under attestation": ([ATTESTED | {"Action": ["kms:Decrypt", "kms:Encrypt"]}], ["never_attested"]),
+    "encryption under attestation": (
+        [ATTESTED | {"Action": ["kms:Decrypt", "kms:Encrypt"]}],
+        ["never_attested"],
+    ),
     "everything under attestation": ([ATTESTED | {"Action": "kms:*"}], ["never_attested"]),
-    "description under attestation": ([ATTESTED | {"Action": ["kms:Decrypt", "kms:DescribeKey"]}], ["never_attested"]),
-    "all that takes a document": ([ATTESTED | {"Action": [*RECIPIENT_ACTIONS, "kms:GenerateDataKey*"]}], []),
+    "description under attestation": (
+        [ATTESTED | {"Action": ["kms:Decrypt", "kms:DescribeKey"]}],
+        ["never_attested"],
+    ),
+    "all that takes a document": (
+        [ATTESTED | {"Action": [*RECIPIENT_ACTIONS, "kms:GenerateDataKey*"]}],
+        [],
+    ),
     "no such operator": ([attested(StringEqual={"kms:KeySpec": "x"})], ["operator"]),
     "no operator of strings": ([attested(ArnEquals={PCR0: GOOD})], ["operator"]),
-    "any image of a role": ([statement({"StringEquals": {f"{ATTESTATION}PCR3": GOOD}})], ["any_image"]),
+    "any image of a role": (
+        [statement({"StringEquals": {f"{ATTESTATION}PCR3": GOOD}})],
+        ["any_image"],
+    ),
     "any image at all": ([statement({"Null": {PCR0: "false"}})], ["any_image"]),
     "any application": ([statement({"StringEquals": {PCR1: GOOD}})], ["any_image"]),
     "any kernel": ([statement({"StringEquals": {PCR2: GOOD}})], ["any_image"]),
@@ -616,7 +904,10 @@ def test_a_policy_without_administrator_is_found() -> None:
 
 def test_findings_say_where_what_and_how_to_mend_it() -> None:
     (finding,) = check(
-        parse(ADMINISTRATION, statement({"StringEquals": {f"{ATTESTATION}PCRO": GOOD, PCR0: GOOD}}, Sid="E"))
+        parse(
+            ADMINISTRATION,
+            statement({"StringEquals": {f"{ATTESTATION}PCRO": GOOD, PCR0: GOOD}}, Sid="E"),
+        )
     )
     assert finding.statement == "statement 2 (E)"
     assert "PCRO" in finding.problem
@@ -653,24 +944,37 @@ def test_pcr3_covers_path_and_partition() -> None:
 
 
 def test_pcr8_is_of_the_certificate() -> None:
-    assert pcr_of_certificate(b"der") == hashlib.sha384(bytes(48) + hashlib.sha384(b"der").digest()).digest()
+    assert (
+        pcr_of_certificate(b"der")
+        == hashlib.sha384(bytes(48) + hashlib.sha384(b"der").digest()).digest()
+    )
 
 
-@pytest.mark.parametrize("arn", ["", "Enclave", SESSION, USER, ROOT, f"{ROLE}*", "arn:aws:iam::1:role/x"])
+@pytest.mark.parametrize(
+    "arn", ["", "Enclave", SESSION, USER, ROOT, f"{ROLE}*", "arn:aws:iam::1:role/x"]
+)
 def test_what_is_no_role_has_no_pcr3(arn: str) -> None:
     with pytest.raises(PolicyError, match="role"):
         pcr_of_role(arn)
 
 
 @pytest.mark.parametrize(
-    "instance", ["", "i-", "i-0123", "I-0123456789abcdef0", "i-0123456789abcdef0-enc0", "i-0123456g"]
+    "instance",
+    ["", "i-", "i-0123", "I-0123456789abcdef0", "i-0123456789abcdef0-enc0", "i-0123456g"],
 )
 def test_what_is_no_instance_has_no_pcr4(instance: str) -> None:
     with pytest.raises(PolicyError, match="instance"):
         pcr_of_instance(instance)
 
 
-BUILT: Final = {"Measurements": {"HashAlgorithm": "Sha384 { ... }", "PCR0": GOOD, "PCR1": BAD, "PCR2": GOOD.upper()}}
+BUILT: Final = {
+    "Measurements": {
+        "HashAlgorithm": "Sha384 { ... }",
+        "PCR0": GOOD,
+        "PCR1": BAD,
+        "PCR2": GOOD.upper(),
+    }
+}
 RUNNING: Final = {"EnclaveID": "i-1-enc1", "State": "RUNNING", "Flags": "NONE", **BUILT}
 
 
@@ -728,10 +1032,22 @@ VARIANTS: Final[dict[str, Json]] = {
     "signed": {"images": [{8: b"\x08" * 48}]},
     "kernel and application": {"images": [{1: b"\x01" * 48, 2: b"\x02" * 48}]},
     "role": {"images": [IMAGE | {3: pcr_of_role(ROLE), 16: b"\x10" * 48}]},
-    "several people": {"principals": [ROLE, USER], "admins": [ADMIN, ROOT], "encryptors": [f"{USER}2"]},
+    "several people": {
+        "principals": [ROLE, USER],
+        "admins": [ADMIN, ROOT],
+        "encryptors": [f"{USER}2"],
+    },
     "all actions": {"actions": RECIPIENT_ACTIONS},
-    "instances": {"binds": [Bind.parse(f"node={number}:{INSTANCES[number]}") for number in range(3)]},
-    "roles": {"binds": [Bind.parse(f"node=1:{ROLE}"), Bind.parse(f"node=1:{ADMIN}"), Bind.parse(f"env=a:b:{ROLE}")]},
+    "instances": {
+        "binds": [Bind.parse(f"node={number}:{INSTANCES[number]}") for number in range(3)]
+    },
+    "roles": {
+        "binds": [
+            Bind.parse(f"node=1:{ROLE}"),
+            Bind.parse(f"node=1:{ADMIN}"),
+            Bind.parse(f"env=a:b:{ROLE}"),
+        ]
+    },
 }
 
 
@@ -763,7 +1079,13 @@ def test_the_matching_enclave_alone_may_decrypt() -> None:
 @pytest.mark.parametrize("index", [0, 8])
 def test_the_guard_holds_against_an_allow_added_later(index: int) -> None:
     policy = rendered(images=[{0: bytes.fromhex(GOOD), 8: b"\x08" * 48}])
-    wide = replace(policy, statements=(*policy.statements, *parse(statement(Principal="*", Action="kms:*")).statements))
+    wide = replace(
+        policy,
+        statements=(
+            *policy.statements,
+            *parse(statement(Principal="*", Action="kms:*")).statements,
+        ),
+    )
     good = {0: bytes.fromhex(GOOD), 8: b"\x08" * 48}
     assert evaluate(wide, request(pcrs=good)).decision is ALLOWED
     for pcrs in (None, good | {index: bytes(48)}, good | {index: b"\x09" * 48}):
@@ -791,16 +1113,27 @@ def test_administrators_and_encryptors_cannot_decrypt_or_go_around() -> None:
         "Encrypt",
     ):
         assert evaluate(policy, request(principal=ADMIN, action=f"kms:{action}")).decision is DENIED
-    assert evaluate(policy, request(principal=ADMIN, action="kms:PutKeyPolicy", pcrs=None)).decision is ALLOWED
-    assert evaluate(policy, request(principal=USER, action="kms:Encrypt", pcrs=None)).decision is ALLOWED
-    assert evaluate(policy, request(principal=USER, action="kms:PutKeyPolicy", pcrs=None)).decision is DENIED
+    assert (
+        evaluate(policy, request(principal=ADMIN, action="kms:PutKeyPolicy", pcrs=None)).decision
+        is ALLOWED
+    )
+    assert (
+        evaluate(policy, request(principal=USER, action="kms:Encrypt", pcrs=None)).decision
+        is ALLOWED
+    )
+    assert (
+        evaluate(policy, request(principal=USER, action="kms:PutKeyPolicy", pcrs=None)).decision
+        is DENIED
+    )
 
 
 def test_a_bound_context_value_belongs_to_its_instance() -> None:
     policy = rendered(**VARIANTS["instances"])
     for node in range(3):
         for instance in range(3):
-            asked = request(pcrs=IMAGE | {4: pcr_of_instance(INSTANCES[instance])}, context={"node": str(node)})
+            asked = request(
+                pcrs=IMAGE | {4: pcr_of_instance(INSTANCES[instance])}, context={"node": str(node)}
+            )
             assert evaluate(policy, asked).decision is (ALLOWED if node == instance else DENIED)
     for context in ({}, {"node": "9"}, {"other": "1"}):
         asked = request(pcrs=IMAGE | {4: pcr_of_instance(INSTANCES[0])}, context=context)
@@ -810,9 +1143,15 @@ def test_a_bound_context_value_belongs_to_its_instance() -> None:
 def test_several_roles_may_share_a_context_value() -> None:
     policy = rendered(**VARIANTS["roles"])
     context = {"node": "1", "env": "a:b"}
-    assert evaluate(policy, request(pcrs=IMAGE | {3: pcr_of_role(ROLE)}, context=context)).decision is ALLOWED
+    assert (
+        evaluate(policy, request(pcrs=IMAGE | {3: pcr_of_role(ROLE)}, context=context)).decision
+        is ALLOWED
+    )
     # the other role holds node 1, but not env a:b
-    assert evaluate(policy, request(pcrs=IMAGE | {3: pcr_of_role(ADMIN)}, context=context)).decision is DENIED
+    assert (
+        evaluate(policy, request(pcrs=IMAGE | {3: pcr_of_role(ADMIN)}, context=context)).decision
+        is DENIED
+    )
 
 
 def test_values_are_written_in_lower_case_under_pcr_keys() -> None:
@@ -849,19 +1188,34 @@ def test_values_are_written_in_lower_case_under_pcr_keys() -> None:
         ({"actions": []}, "expected some of"),
         ({"actions": ["kms:Encrypt"]}, "expected some of"),
         ({"actions": RECIPIENT_ACTIONS, **VARIANTS["roles"]}, "no encryption context"),
-        ({"binds": [Bind.parse(f"n=1:{ROLE}"), Bind.parse(f"n=1:{INSTANCES[0]}")]}, "expected one of them"),
+        (
+            {"binds": [Bind.parse(f"n=1:{ROLE}"), Bind.parse(f"n=1:{INSTANCES[0]}")]},
+            "expected one of them",
+        ),
         ({"binds": [Bind.parse(f"n=1:{ROLE}"), Bind.parse(f"N=1:{ROLE}")]}, "case only"),
         ({"binds": [Bind.parse(f"n=${{aws:username}}:{ROLE}")]}, "policy variable"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_policies_that_would_be_open_or_useless_are_not_rendered(members: Json, complaint: str) -> None:
+def test_policies_that_would_be_open_or_useless_are_not_rendered(
+    members: Json, complaint: str
+) -> None:
     with pytest.raises(PolicyError, match=complaint):
         rendered(**members)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "node", "node=3", f"=3:{ROLE}", "node=3:role/x", f"node=3:{USER}", "node=3:i-zz", "node=3:i-01"]
+    "text",
+    [
+        "",
+        "node",
+        "node=3",
+        f"=3:{ROLE}",
+        "node=3:role/x",
+        f"node=3:{USER}",
+        "node=3:i-zz",
+        "node=3:i-01",
+    ],
 )
 def test_what_binds_nothing_is_refused(text: str) -> None:
     with pytest.raises(PolicyError):

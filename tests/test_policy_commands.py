@@ -39,7 +39,9 @@ def render(*options: str) -> Json:
     """A policy without a fault, whose author was told that conditions can be removed."""
     run = command("policy", "render", *PEOPLE, *options)
     assert run.status == 0, run.err
-    assert "attestor: note: whoever may call kms:PutKeyPolicy can remove these conditions" in run.err
+    assert (
+        "attestor: note: whoever may call kms:PutKeyPolicy can remove these conditions" in run.err
+    )
     policy: Json = json.loads(run.out)
     return policy
 
@@ -47,7 +49,10 @@ def render(*options: str) -> Json:
 def images(policy: Json) -> list[Json]:
     """The PCRs that each Allow for enclaves asks for, by number."""
     return [
-        {name.removeprefix(KEY): value for name, value in part["Condition"]["StringEqualsIgnoreCase"].items()}
+        {
+            name.removeprefix(KEY): value
+            for name, value in part["Condition"]["StringEqualsIgnoreCase"].items()
+        }
         for part in policy["Statement"]
         if part["Sid"].startswith("Enclave")
     ]
@@ -62,7 +67,10 @@ def place(folder: Path, policy: Json, name: str = "policy.json") -> str:
 
 
 def test_what_is_rendered_is_found_without_fault(enclave: Enclave) -> None:
-    shell = f'{sys.executable} -m attestor policy render "$@" 2>/dev/null | {sys.executable} -m attestor policy check -'
+    shell = (
+        f'{sys.executable} -m attestor policy render "$@" 2>/dev/null | {sys.executable} -m '
+        "attestor policy check -"
+    )
     encryptor = f"arn:aws:iam::{ACCOUNT}:user/ci"
     options = ["--encryptor", encryptor, "--pcr", f"0={PCR[0]}", "--bind", f"node=3:{ROLE}"]
     done = enclave.run("sh", "-c", shell, "sh", *PEOPLE, *options)
@@ -70,15 +78,29 @@ def test_what_is_rendered_is_found_without_fault(enclave: Enclave) -> None:
 
 
 def test_a_pcr_that_is_named_again_begins_another_image() -> None:
-    assert images(render("--pcr", f"0={PCR[0].upper()}", "--pcr", f"0={OTHER}")) == [{"0": PCR[0]}, {"0": OTHER}]
-    both = ["--pcr", f"1={PCR[1]}", "--pcr", f"2={PCR[2]}", "--pcr", f"1={OTHER}", "--pcr", f"2={PCR[2]}"]
+    assert images(render("--pcr", f"0={PCR[0].upper()}", "--pcr", f"0={OTHER}")) == [
+        {"0": PCR[0]},
+        {"0": OTHER},
+    ]
+    both = [
+        "--pcr",
+        f"1={PCR[1]}",
+        "--pcr",
+        f"2={PCR[2]}",
+        "--pcr",
+        f"1={OTHER}",
+        "--pcr",
+        f"2={PCR[2]}",
+    ]
     assert images(render(*both)) == [{"1": PCR[1], "2": PCR[2]}, {"1": OTHER, "2": PCR[2]}]
 
 
 def test_pcrs_are_computed_for_every_image(tmp_path: Path, enclave: Enclave) -> None:
     with open(enclave.environment["NITROSIM_NSM_ROOT"], "rb") as source:
         der = source.read()
-    (tmp_path / "cert.pem").write_bytes(x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM))
+    (tmp_path / "cert.pem").write_bytes(
+        x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+    )
     computed = {"3": pcr_of_role(ROLE).hex(), "4": pcr_of_instance("i-0123456789abcdef0").hex()}
     computed["8"] = pcr_of_certificate(der).hex()
     options = ["--role-arn", ROLE, "--instance-id", "i-0123456789abcdef0"]
@@ -95,10 +117,21 @@ def test_pcrs_are_computed_for_every_image(tmp_path: Path, enclave: Enclave) -> 
 def test_images_of_measurements_and_documents(enclave: Enclave) -> None:
     enclave.attestor("attest", "document")
     built = {
-        "Measurements": {"HashAlgorithm": "Sha384 { ... }", "PCR0": OTHER, "PCR1": OTHER, "PCR2": OTHER, "PCR8": OTHER}
+        "Measurements": {
+            "HashAlgorithm": "Sha384 { ... }",
+            "PCR0": OTHER,
+            "PCR1": OTHER,
+            "PCR2": OTHER,
+            "PCR8": OTHER,
+        }
     }
     sources = ["--measurements", place(enclave.folder, built, "build.json")]
-    sources += ["--document", str(enclave.folder / "document"), "--root", enclave.environment["NITROSIM_NSM_ROOT"]]
+    sources += [
+        "--document",
+        str(enclave.folder / "document"),
+        "--root",
+        enclave.environment["NITROSIM_NSM_ROOT"],
+    ]
     assert images(render(*sources)) == [
         dict.fromkeys("0128", OTHER),
         {str(index): PCR[index] for index in (0, 1, 2, 8)},
@@ -114,7 +147,9 @@ def test_a_bound_context_value_is_rendered() -> None:
 
 
 def test_other_actions_are_rendered() -> None:
-    policy = render("--pcr", f"0={PCR[0]}", "--action", "kms:Decrypt", "--action", "kms:GenerateDataKey")
+    policy = render(
+        "--pcr", f"0={PCR[0]}", "--action", "kms:Decrypt", "--action", "kms:GenerateDataKey"
+    )
     assert policy["Statement"][1]["Action"] == ["kms:Decrypt", "kms:GenerateDataKey"]
 
 
@@ -123,11 +158,17 @@ def test_other_actions_are_rendered() -> None:
     [
         ([], "no PCR alone admits any image"),
         (["--pcr", f"3={OTHER}"], "PCR3 alone admits any image, in debug mode too"),
-        (["--role-arn", ROLE, "--instance-id", "i-0123456789abcdef0"], "PCR3, PCR4 alone admits any image"),
+        (
+            ["--role-arn", ROLE, "--instance-id", "i-0123456789abcdef0"],
+            "PCR3, PCR4 alone admits any image",
+        ),
         (["--pcr", f"2={OTHER}"], "PCR2 without PCR1 admits a foreign kernel and init"),
         (["--pcr", f"1={OTHER}"], "PCR1 without PCR2 admits any application"),
         (["--pcr", f"0={'0' * 96}"], "debug mode"),
-        (["--pcr", f"0={OTHER}", "--pcr", f"1={OTHER}", "--pcr", f"0={OTHER}"], "expected the same PCRs in each"),
+        (
+            ["--pcr", f"0={OTHER}", "--pcr", f"1={OTHER}", "--pcr", f"0={OTHER}"],
+            "expected the same PCRs in each",
+        ),
         (["--pcr", f"0={OTHER}", "--encryptor", ROLE], "cannot be encryptor too"),
         (["--pcr", f"0={OTHER}", "--action", "kms:*"], "actions are kms:*"),
         (["--pcr", f"0={OTHER}", "--bind", "node"], "is not NAME=VALUE:ROLE_ARN"),
@@ -143,7 +184,9 @@ def test_a_policy_that_would_be_open_is_not_rendered(options: list[str], part: s
     refused(command("policy", "render", *PEOPLE, *options), 2, part)
 
 
-def test_a_document_in_debug_mode_or_of_another_root_is_no_measurement(enclaves: Callable[..., Enclave]) -> None:
+def test_a_document_in_debug_mode_or_of_another_root_is_no_measurement(
+    enclaves: Callable[..., Enclave],
+) -> None:
     enclave = enclaves(debug=True)
     enclave.attestor("attest", "document")
     document = ["--document", str(enclave.folder / "document")]
@@ -189,7 +232,8 @@ def policy_of(*statements: Json) -> Json:
         (attested(Principal={"AWS": ROOT}, Action="kms:*", Condition={}), "root_everything", "root"),
         (attested(Condition={"StringEqualsIfExists": {f"{KEY}0": OTHER}}), "vacuous", "StringEqualsIgnoreCase"),
         (attested(Principal="*"), "wildcard_principal", "everyone"),
-        (attested(Action=["kms:Decrypt", "kms:Encrypt"]), "never_attested", "kms:Encrypt takes no attestation"),
+        (attested(Action=["kms:Decrypt", "kms:Encrypt"]), "never_attested", ("kms:Encrypt takes "
+                                                                            "no attestation")),
     ],
 )  # fmt: skip
 def test_check_finds_what_is_open(tmp_path: Path, statement: Json, code: str, part: str) -> None:
@@ -216,7 +260,9 @@ def test_the_json_of_check(tmp_path: Path) -> None:
     assert (run.status, json.loads(run.out)) == (0, {"findings": []})
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"{}", b'{"Statement": 1}', b" " * 300000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"\xff", b"{}", b'{"Statement": 1}', b" " * 300000]
+)
 def test_what_is_no_policy(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "policy").write_bytes(data)
     refused(command("policy", "check", str(tmp_path / "policy")), 2)
@@ -252,7 +298,9 @@ def test_explain_says_what_depends_on_other_policies(tmp_path: Path, enclave: En
     root = {"Effect": "Allow", "Principal": {"AWS": ROOT}, "Action": "kms:*", "Resource": "*"}
     run = explain(enclave, place(tmp_path, policy_of(root)))
     assert (run.status, run.err) == (8, "")
-    assert run.out.startswith(b"decision        undetermined: statement 2 leaves the decision to the identity policies")
+    assert run.out.startswith(
+        b"decision        undetermined: statement 2 leaves the decision to the identity policies"
+    )
     assert b"document        none: a call without attestation\n" in run.out
     unknown = attested(Condition={"StringResembles": {f"{KEY}0": OTHER}})
     run = explain(enclave, place(tmp_path, policy_of(unknown)))
@@ -260,7 +308,9 @@ def test_explain_says_what_depends_on_other_policies(tmp_path: Path, enclave: En
     assert b"cannot be told" in run.out
 
 
-def test_explain_needs_the_key_where_the_policy_looks_at_it(tmp_path: Path, enclave: Enclave) -> None:
+def test_explain_needs_the_key_where_the_policy_looks_at_it(
+    tmp_path: Path, enclave: Enclave
+) -> None:
     key = f"arn:aws:kms:eu-west-1:{ACCOUNT}:key/1234abcd-12ab-34cd-56ef-1234567890ab"
     for statement in (
         attested(Resource=key, Condition={}),
@@ -269,7 +319,9 @@ def test_explain_needs_the_key_where_the_policy_looks_at_it(tmp_path: Path, encl
         file = place(tmp_path, policy_of(statement))
         refused(explain(enclave, file), 2, "looks at the key or at its region", "--key-id")
         assert explain(enclave, file, "--key-id", key).status == 0
-        assert explain(enclave, file, "--key-id", key.replace("eu-west-1", "eu-north-1")).status == 4
+        assert (
+            explain(enclave, file, "--key-id", key.replace("eu-west-1", "eu-north-1")).status == 4
+        )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +350,15 @@ def test_the_json_of_explain(enclave: Enclave) -> None:
     """The schema that the README documents."""
     enclave.attestor("attest", "document")
     file = place(enclave.folder, policy_of(attested(Sid="Enclave")))
-    run = explain(enclave, file, "--json", "--context", "node=3", "--document", str(enclave.folder / "document"))
+    run = explain(
+        enclave,
+        file,
+        "--json",
+        "--context",
+        "node=3",
+        "--document",
+        str(enclave.folder / "document"),
+    )
     assert (run.status, run.err) == (4, "")
     shown = json.loads(run.out)
     statements, document = shown.pop("statements"), shown.pop("document")
@@ -343,7 +403,13 @@ def decide(enclave: Enclave, policy: Json, *context: str) -> tuple[int, int]:
     enclave.attestor("attest", "--force", "document")
     options = [part for pair in context for part in ("--context", pair)]
     explained = explain(
-        enclave, file, "--key-id", enclave.world.kms.key_arn, "--document", str(enclave.folder / "document"), *options
+        enclave,
+        file,
+        "--key-id",
+        enclave.world.kms.key_arn,
+        "--document",
+        str(enclave.folder / "document"),
+        *options,
     )
     root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
     run = enclave.attestor("doctor", "--key-id", enclave.world.kms.key_arn, *root, *options)
@@ -376,14 +442,17 @@ POLICIES: Final[dict[str, tuple[list[Json], tuple[int, int]]]] = {
     "a deny with an unknown operator": (
         [attested(PCR[0]), deny(StringResembles={f"{KEY}0": OTHER})], (8, 4),
     ),
-    # explain does not know the identity policies; the simulator has none and lets its own account pass
+    # explain does not know the identity policies; the simulator has none and lets its own account
+    # pass
     "the account's root": ([attested(PCR[0], Principal={"AWS": ROOT})], (8, 0)),
     "nothing": ([], (4, 4)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_simulated_kms_decides_as_explain_says(enclaves: Callable[..., Enclave], name: str) -> None:
+def test_the_simulated_kms_decides_as_explain_says(
+    enclaves: Callable[..., Enclave], name: str
+) -> None:
     statements, expected = POLICIES[name]
     policy = policy_of(*statements)
     assert decide(enclaves(key_policy=json.dumps(policy)), policy, "node=3") == expected
@@ -413,11 +482,15 @@ def test_a_rendered_policy_from_end_to_end(enclaves: Callable[..., Enclave]) -> 
     """Encrypted by the encryptor's statement, decrypted by the enclave, refused without a document."""
     encryptor = f"arn:aws:iam::{ACCOUNT}:role/encryptor"
     policy = render(*RENDERED, "--encryptor", encryptor)
-    blob_policy = policy | {"Statement": [*policy["Statement"], attested(Action="kms:Encrypt", Condition={})]}
+    blob_policy = policy | {
+        "Statement": [*policy["Statement"], attested(Action="kms:Encrypt", Condition={})]
+    }
     enclave = enclaves(key_policy=json.dumps(blob_policy))
     enclave.place(enclave.encrypt())
     assert enclave.decrypt().status == 0
-    with pytest.raises(enclave.kms.exceptions.ClientError, match=r"AccessDeniedException.*explicit deny"):
+    with pytest.raises(
+        enclave.kms.exceptions.ClientError, match=r"AccessDeniedException.*explicit deny"
+    ):
         enclave.kms.decrypt(CiphertextBlob=(enclave.folder / "blob").read_bytes())
 
 
@@ -425,5 +498,10 @@ def test_a_document_has_the_pcrs_that_are_computed_for_the_parent(enclave: Encla
     enclave.attestor("attest", "document")
     options = ["--root", enclave.environment["NITROSIM_NSM_ROOT"], str(enclave.folder / "document")]
     pcr4 = hashlib.sha384(bytes(48) + DEFAULT_MODULE_ID.partition("-enc")[0].encode()).digest()
-    expected = ["--pcr", f"3={pcr_of_role(ROLE).hex()}", "--pcr", f"4={base64.b64encode(pcr4).decode()}"]
+    expected = [
+        "--pcr",
+        f"3={pcr_of_role(ROLE).hex()}",
+        "--pcr",
+        f"4={base64.b64encode(pcr4).decode()}",
+    ]
     assert "pcrs              passed: 3, 4" in report(command("verify", *expected, *options))

@@ -24,7 +24,9 @@ def names_of(group: click.Group, prefix: str = "") -> list[str]:
     return [
         name
         for short, command in sorted(group.commands.items())
-        for name in (names_of(command, f"{short} ") if isinstance(command, click.Group) else [prefix + short])
+        for name in (
+            names_of(command, f"{short} ") if isinstance(command, click.Group) else [prefix + short]
+        )
     ]
 
 
@@ -32,7 +34,9 @@ COMMANDS: Final = names_of(attestor.cli)
 
 
 def help_of(command: str) -> str:
-    result = CliRunner().invoke(attestor.cli, [*command.split(), "--help"], terminal_width=100, max_content_width=100)
+    result = CliRunner().invoke(
+        attestor.cli, [*command.split(), "--help"], terminal_width=100, max_content_width=100
+    )
     assert result.exit_code == 0
     return result.output
 
@@ -44,13 +48,18 @@ def test_the_readme_shows_the_help(command: str) -> None:
 
 
 def block(command: str, text: str) -> str:
-    return f"<!-- begin help of {command} -->\n```\n{text.rstrip()}\n```\n<!-- end help of {command} -->"
+    return (
+        f"<!-- begin help of {command} -->\n```\n{text.rstrip()}\n```\n<!-- end help of "
+        f"{command} -->"
+    )
 
 
 def test_every_status_stands_in_docstring_readme_and_code() -> None:
     classes = [value for value in vars(attestor).values() if isinstance(value, type)]
     used = {value.status for value in classes if issubclass(value, attestor.AttestorError)}
-    documented = {int(number) for number in re.findall(r"^    (\d)    ", attestor.__doc__ or "", re.MULTILINE)}
+    documented = {
+        int(number) for number in re.findall(r"^    (\d)    ", attestor.__doc__ or "", re.MULTILINE)
+    }
     in_readme = {int(number) for number in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
     assert used | {0, attestor._UNDETERMINED} == documented == in_readme
 
@@ -58,8 +67,8 @@ def test_every_status_stands_in_docstring_readme_and_code() -> None:
 def test_the_statuses_in_the_help_of_decrypt() -> None:
     text = " ".join(help_of("decrypt").split())
     assert (
-        "Exit status: 0 done, 1 bug, 2 usage, 3 no module, 4 KMS refused, 5 try again, 6 not authentic, 7 output."
-        in text
+        "Exit status: 0 done, 1 bug, 2 usage, 3 no module, 4 KMS refused, 5 try again, 6 not "
+        "authentic, 7 output." in text
     )
 
 
@@ -83,9 +92,12 @@ def test_dependencies_are_justified_and_locked_with_hashes() -> None:
 def test_importing_attestor_loads_no_sdk_and_opens_nothing() -> None:
     program = (
         "import sys, attestor\n"
-        "print([m for m in ('botocore', 'boto3', 'cryptography', 'cbor2', 'ctypes') if m in sys.modules])"
+        "print([m for m in ('botocore', 'boto3', 'cryptography', 'cbor2', 'ctypes') if m in "
+        "sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -114,7 +126,9 @@ def write_help_into_the_readme() -> None:
     text = README
     for command in COMMANDS:
         pattern = rf"<!-- begin help of {command} -->.*?<!-- end help of {command} -->"
-        text = re.sub(pattern, lambda _, name=command: block(name, help_of(name)), text, flags=re.DOTALL)  # type: ignore[misc]  # a default argument
+        text = re.sub(
+            pattern, lambda _, name=command: block(name, help_of(name)), text, flags=re.DOTALL
+        )  # type: ignore[misc]  # a default argument
     (ROOT / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-EXAMPLE: Final = re.compile(r"```python\n(import boto3\n\nimport attestor\n\n\ndef test_.*?)```", re.DOTALL)
+EXAMPLE: Final = re.compile(
+    r"```python\n(import boto3\n\nimport attestor\n\n\ndef test_.*?)```", re.DOTALL
+)
 MORE: Final = """
 
 import os, subprocess, sys
@@ -39,13 +41,27 @@ def test_everything_is_as_it_was():
 
 
 def test_the_example_in_the_readme(tmp_path: Path) -> None:
-    """In a pytest of its own, which finds the plugin by its module as an installed one is found by its entry point."""
+    """In a pytest of its own, which finds the plugin by its module as an installed one is found by
+    its entry point.
+    """
     (example,) = EXAMPLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     (tmp_path / "test_example.py").write_text(example + MORE, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "nitrosim.pytest_plugin", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "error",
+        "-p",
+        "nitrosim.pytest_plugin",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, check=False, text=True
+    )
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
 
@@ -60,5 +76,7 @@ def test_the_plugin_imports_next_to_nothing() -> None:
         "import sys, pytest; before = set(sys.modules); import nitrosim.pytest_plugin\n"
         "print(sorted(set(sys.modules) - before))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True
+    )
     assert done.stdout == "['nitrosim', 'nitrosim.pytest_plugin']\n"

@@ -34,7 +34,9 @@ def lines(run: Run, kind: str) -> list[str]:
     ]
 
 
-def refused(enclave: Enclave, *options: str, **environment: str | None) -> tuple[list[str], list[str]]:
+def refused(
+    enclave: Enclave, *options: str, **environment: str | None
+) -> tuple[list[str], list[str]]:
     """Notes and hints of a refusal, which come in this order after the error; no target is left."""
     run = enclave.decrypt(*options, environment=environment)
     assert run.status == 4, run.err
@@ -68,7 +70,10 @@ def test_another_image(enclaves: Callable[..., Enclave]) -> None:
     assert notes[0].startswith(f"sent PCR0 {OTHER[:16]}..., {SENT[0]}, {SENT[1]}, PCR3 ")
     assert f"{SENT[2]}, PCR8 " in notes[0]
     assert notes[1] == "the enclave does not run in debug mode"
-    assert notes[2] == "key none named, KMS takes it from the ciphertext; encryption context names: node, app"
+    assert (
+        notes[2]
+        == "key none named, KMS takes it from the ciphertext; encryption context names: node, app"
+    )
     assert "value" not in "".join(notes)
     assert hints[0].startswith("no statement of the key policy allows this role with these PCRs")
 
@@ -81,7 +86,12 @@ def test_the_key_that_was_named_is_shown(enclaves: Callable[..., Enclave]) -> No
 
 def test_an_explicit_deny(enclaves: Callable[..., Enclave]) -> None:
     policy = json.loads(default_policy(ROLE, DEFAULT_PCRS[0]))
-    guard: dict[str, Any] = {"Effect": "Deny", "Principal": "*", "Action": "kms:Decrypt", "Resource": "*"}
+    guard: dict[str, Any] = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "kms:Decrypt",
+        "Resource": "*",
+    }
     guard["Condition"] = {"StringNotEqualsIgnoreCase": {"kms:RecipientAttestation:PCR8": OTHER}}
     policy["Statement"].append(guard)
     _, hints = refused(with_blob(enclaves(key_policy=json.dumps(policy))))
@@ -109,7 +119,10 @@ def test_a_skewed_clock(enclaves: Callable[..., Enclave]) -> None:
     [
         ("expired-token", "the credentials are expired or wrong"),
         ("unrecognized-client", "the credentials are expired or wrong"),
-        ("invalid-signature", "the secret key is wrong, or the clock is more than five minutes off"),
+        (
+            "invalid-signature",
+            "the secret key is wrong, or the clock is more than five minutes off",
+        ),
         ("not-found", "there is no such key in this region and in the account of the credentials"),
         ("invalid-ciphertext", "the ciphertext is damaged, or was made with another --context"),
         ("incorrect-key", "the ciphertext was made with another key than --key-id names"),
@@ -133,7 +146,9 @@ def test_what_kms_may_answer_later_is_not_explained(enclaves: Callable[..., Encl
 
 
 def test_credentials_that_say_themselves_that_they_are_expired(enclave: Enclave) -> None:
-    run = with_blob(enclave).decrypt(environment={"AWS_CREDENTIAL_EXPIRATION": "2020-01-01T00:00:00Z"})
+    run = with_blob(enclave).decrypt(
+        environment={"AWS_CREDENTIAL_EXPIRATION": "2020-01-01T00:00:00Z"}
+    )
     assert run.status == 4
     assert "still expired" in run.error
     assert lines(run, "hint") == ["they are expired: renew them"]
@@ -151,29 +166,42 @@ def denied(message: str, **members: Any) -> tuple[str, ...]:
     return explain(Refusal(message=message, **(default | members)))[1]
 
 
-WHO: Final = "User: arn:aws:sts::111122223333:assumed-role/enclave/i-1 is not authorized to perform: kms:Decrypt on "
+WHO: Final = (
+    "User: arn:aws:sts::111122223333:assumed-role/enclave/i-1 is not authorized to "
+    "perform: kms:Decrypt on "
+)
 WHAT: Final = "resource: arn:aws:kms:eu-west-1:{}:key/1234abcd-12ab-34cd-56ef-1234567890ab "
 
 
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("because no resource-based policy allows the kms:Decrypt action", "no statement of the key policy allows"),
-        ("because no identity-based policy allows the kms:Decrypt action", "the identity policy of the role allows"),
+        ("because no resource-based policy allows the kms:Decrypt action", ("no statement of the "
+                                                                           "key policy allows")),
+        ("because no identity-based policy allows the kms:Decrypt action", ("the identity policy "
+                                                                           "of the role allows")),
         ("because no permissions boundary allows the kms:Decrypt action", "the permissions boundary of the role"),
         ("because no session policy allows the kms:Decrypt action", "the policy of this session"),
-        ("because no service control policy allows the kms:Decrypt action", "no service control policy"),
-        ("because no VPC endpoint policy allows the kms:Decrypt action", "the policy of the VPC endpoint"),
+        ("because no service control policy allows the kms:Decrypt action", ("no service control "
+                                                                            "policy")),
+        ("because no VPC endpoint policy allows the kms:Decrypt action", ("the policy of the VPC "
+                                                                         "endpoint")),
         ("with an explicit deny in a resource-based policy", "a Deny of the key policy holds"),
-        ("with an explicit deny in an identity-based policy", "a Deny in an identity policy of the role holds"),
-        ("with an explicit deny in a service control policy", "a service control policy of the organization denies"),
-        ("with an explicit deny in a resource control policy", "a resource control policy of the organization denies"),
-        ("with an explicit deny in a permissions boundary", "the permissions boundary of the role denies"),
+        ("with an explicit deny in an identity-based policy", ("a Deny in an identity policy of "
+                                                              "the role holds")),
+        ("with an explicit deny in a service control policy", ("a service control policy of the "
+                                                              "organization denies")),
+        ("with an explicit deny in a resource control policy", ("a resource control policy of the "
+                                                               "organization denies")),
+        ("with an explicit deny in a permissions boundary", ("the permissions boundary of the "
+                                                            "role denies")),
         ("with an explicit deny in a session policy", "the policy of this session denies"),
         ("with an explicit deny in a VPC endpoint policy", "the policy of the VPC endpoint denies"),
         ("with an explicit deny", "a policy denies it explicitly"),
-        ("a customer master key that does not exist in this region", "the key is in another region or account"),
-        ("because the resource does not exist in this Region", "the key is in another region or account"),
+        ("a customer master key that does not exist in this region", ("the key is in another "
+                                                                     "region or account")),
+        ("because the resource does not exist in this Region", ("the key is in another region or "
+                                                               "account")),
         ("", "the key policy must allow this role"),
     ],
 )  # fmt: skip
@@ -184,12 +212,23 @@ def test_the_kind_of_policy_is_told_by_the_text_of_kms(text: str, hint: str) -> 
 
 
 def test_another_account_is_told_by_the_text_of_kms() -> None:
-    (first, _) = denied(WHO + WHAT.format("444455556666") + "because no resource-based policy allows the action")
-    assert first.startswith("the credentials are of account 111122223333, the key of 444455556666, and both must allow")
+    (first, _) = denied(
+        WHO + WHAT.format("444455556666") + "because no resource-based policy allows the action"
+    )
+    assert first.startswith(
+        "the credentials are of account 111122223333, the key of 444455556666, and both must allow"
+    )
 
 
 def test_a_call_without_a_document_has_no_pcrs() -> None:
-    refusal = Refusal(code="AccessDeniedException", message="", document=None, key_id="alias/x", context=(), skew=None)
+    refusal = Refusal(
+        code="AccessDeniedException",
+        message="",
+        document=None,
+        key_id="alias/x",
+        context=(),
+        skew=None,
+    )
     notes, hints = explain(refusal)
     assert notes == ("key alias/x; encryption context names: none",)
     assert len(hints) == 1
@@ -204,14 +243,24 @@ def test_the_side_of_the_clock(skew: float, side: str) -> None:
 def test_clock_skew() -> None:
     assert clock_skew("Sat, 03 Jan 2026 12:00:05 GMT", NOW) == timedelta(seconds=5).total_seconds()
     assert clock_skew("Sat, 03 Jan 2026 11:00:00 GMT", NOW) == -3600
-    for date in (None, "", "soon", "Sat, 03 Jan 2026 12:00:05 -0000", "Sat, 03 Jan 99999 12:00:05 GMT"):
+    for date in (
+        None,
+        "",
+        "soon",
+        "Sat, 03 Jan 2026 12:00:05 -0000",
+        "Sat, 03 Jan 99999 12:00:05 GMT",
+    ):
         assert clock_skew(date, NOW) is None
 
 
 @given(st.text(), st.text(), st.binary(max_size=64))
-def test_whatever_kms_says_there_are_notes_and_at_most_two_hints(code: str, message: str, document: bytes) -> None:
+def test_whatever_kms_says_there_are_notes_and_at_most_two_hints(
+    code: str, message: str, document: bytes
+) -> None:
     notes, hints = explain(
-        Refusal(code=code, message=message, document=document, key_id=None, context=("a",), skew=0.0)
+        Refusal(
+            code=code, message=message, document=document, key_id=None, context=("a",), skew=0.0
+        )
     )
     assert notes
     assert len(hints) <= HINTS_MAX

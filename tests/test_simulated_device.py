@@ -1,4 +1,6 @@
-"""The software NSM, byte by byte, and the shim that puts it behind /dev/nsm for programs in any language."""
+"""The software NSM, byte by byte, and the shim that puts it behind /dev/nsm for programs in any
+language.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nitrosim.device import SimulatedDevice, SimulatorError, build_shim
-from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS, FAULTS, SoftwareNsm, default_pcrs, extended
+from nitrosim.module import (
+    DEFAULT_MODULE_ID,
+    DEFAULT_PCRS,
+    FAULTS,
+    SoftwareNsm,
+    default_pcrs,
+    extended,
+)
 from nitrosim.pki import NsmPki, TlsPki
 from nsm import document
 
@@ -57,20 +66,31 @@ GOLDEN: Final = {
     ),
     "ExtendPCR 16": (
         "a169457874656e64504352a265696e64657810646461746143010203",
-        "a169457874656e64504352a164646174615830" + hashlib.sha384(bytes(48) + b"\1\2\3").hexdigest(),
+        "a169457874656e64504352a164646174615830"
+        + hashlib.sha384(bytes(48) + b"\1\2\3").hexdigest(),
     ),
-    "LockPCR 5": ("a1674c6f636b504352a165696e64657805", "a1654572726f726d526561644f6e6c79496e646578"),
+    "LockPCR 5": (
+        "a1674c6f636b504352a165696e64657805",
+        "a1654572726f726d526561644f6e6c79496e646578",
+    ),
     "LockPCR 16": ("a1674c6f636b504352a165696e64657810", "674c6f636b504352"),
     "LockPCRs 16": ("a1684c6f636b50435273a16572616e676510", "684c6f636b50435273"),
-    "DescribePCR 32": ("a16b4465736372696265504352a165696e6465781820", "a1654572726f726c496e76616c6964496e646578"),
+    "DescribePCR 32": (
+        "a16b4465736372696265504352a165696e6465781820",
+        "a1654572726f726c496e76616c6964496e646578",
+    ),
     "DescribeNSM": (
         DESCRIBE_NSM,
         "a16b44657363726962654e534da76d76657273696f6e5f6d616a6f72016d76657273696f6e5f6d696e6f72006d76657273696f6e5f"
-        "706174636800696d6f64756c655f69647827" + DEFAULT_MODULE_ID.encode().hex() + "686d61785f7063727318206b6c6f636b"
+        "706174636800696d6f64756c655f69647827"
+        + DEFAULT_MODULE_ID.encode().hex()
+        + "686d61785f7063727318206b6c6f636b"
         "65645f7063727390000102030405060708090a0b0c0d0e0f6664696765737466534841333834",
     ),
 }
-ATTESTATION: Final = "a16b4174746573746174696f6ea369757365725f64617461420909656e6f6e6365f66a7075626c69635f6b65794107"
+ATTESTATION: Final = (
+    "a16b4174746573746174696f6ea369757365725f64617461420909656e6f6e6365f66a7075626c69635f6b65794107"
+)
 
 
 def ask(module: SoftwareNsm, request: object) -> Any:
@@ -78,7 +98,9 @@ def ask(module: SoftwareNsm, request: object) -> Any:
 
 
 def attest(module: SoftwareNsm, **fields: bytes) -> bytes:
-    answer = ask(module, {"Attestation": {"user_data": None, "nonce": None, "public_key": None, **fields}})
+    answer = ask(
+        module, {"Attestation": {"user_data": None, "nonce": None, "public_key": None, **fields}}
+    )
     data = answer["Attestation"]["document"]
     assert isinstance(data, bytes)
     return data
@@ -110,7 +132,11 @@ def test_golden_attestation() -> None:
     answer = SoftwareNsm(PKI).answer(bytes.fromhex(ATTESTATION))
     assert answer.startswith(bytes.fromhex("a16b4174746573746174696f6ea168646f63756d656e7459"))
     payload = payload_of(cbor2.loads(answer)["Attestation"]["document"])
-    assert (payload["user_data"], payload["nonce"], payload["public_key"]) == (b"\x09\x09", None, b"\x07")
+    assert (payload["user_data"], payload["nonce"], payload["public_key"]) == (
+        b"\x09\x09",
+        None,
+        b"\x07",
+    )
 
 
 REFUSED: Final[dict[str, tuple[object, str]]] = {
@@ -145,7 +171,10 @@ def test_damaged_requests_get_an_answer() -> None:
     module = SoftwareNsm(PKI)
     for request in (bytes.fromhex(text) for text, _ in GOLDEN.values()):
         damaged = [request[:end] for end in range(len(request))]
-        damaged += [(int.from_bytes(request) ^ 1 << bit).to_bytes(len(request)) for bit in range(8 * len(request))]
+        damaged += [
+            (int.from_bytes(request) ^ 1 << bit).to_bytes(len(request))
+            for bit in range(8 * len(request))
+        ]
         for bad in damaged:
             assert cbor2.loads(module.answer(bad))
 
@@ -215,7 +244,9 @@ def test_document_carries_the_clock() -> None:
 
 
 def test_certificates_are_renewed() -> None:
-    """Over two days of a served simulator every document verifies at its own time, against the same root."""
+    """Over two days of a served simulator every document verifies at its own time, against the same
+    root.
+    """
     now = NOW
     module = SoftwareNsm(PKI, clock=lambda: now)
     leaves = set()
@@ -235,8 +266,12 @@ def test_documents_that_must_not_verify(fault: str) -> None:
 
 
 def test_faults_of_the_public_key() -> None:
-    missing = payload_of(attest(SoftwareNsm(PKI, fault="no-public-key"), public_key=b"key"))["public_key"]
-    other = payload_of(attest(SoftwareNsm(PKI, fault="other-public-key"), public_key=b"key"))["public_key"]
+    missing = payload_of(attest(SoftwareNsm(PKI, fault="no-public-key"), public_key=b"key"))[
+        "public_key"
+    ]
+    other = payload_of(attest(SoftwareNsm(PKI, fault="other-public-key"), public_key=b"key"))[
+        "public_key"
+    ]
     assert missing is None
     assert len(other) == 294  # an RSA-2048 SubjectPublicKeyInfo
 
@@ -268,7 +303,10 @@ def test_certificates_have_the_shapes_of_genuine_ones() -> None:
     assert all(cert.not_valid_before_utc <= NOW <= cert.not_valid_after_utc for cert in chain)
     for issuer, cert in itertools.pairwise(chain):
         cert.verify_directly_issued_by(issuer)
-    assert [extension.oid._name for extension in chain[-1].extensions] == ["basicConstraints", "keyUsage"]
+    assert [extension.oid._name for extension in chain[-1].extensions] == [
+        "basicConstraints",
+        "keyUsage",
+    ]
 
 
 def handshake(pki: TlsPki, folder: Path, name: str) -> None:
@@ -290,13 +328,20 @@ def handshake(pki: TlsPki, folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kms.eu-west-1.amazonaws.com", "127.0.0.1"])
 def test_tls_certificate(tmp_path: Path, name: str) -> None:
-    handshake(TlsPki.generate(now=NOW, names=["kms.eu-west-1.amazonaws.com"], ips=["127.0.0.1"]), tmp_path, name)
+    handshake(
+        TlsPki.generate(now=NOW, names=["kms.eu-west-1.amazonaws.com"], ips=["127.0.0.1"]),
+        tmp_path,
+        name,
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "expired", "reason"), [("localhost", True, "expired"), ("other.example", False, "mismatch")]
+    ("name", "expired", "reason"),
+    [("localhost", True, "expired"), ("other.example", False, "mismatch")],
 )
-def test_tls_certificate_that_is_refused(tmp_path: Path, name: str, expired: bool, reason: str) -> None:
+def test_tls_certificate_that_is_refused(
+    tmp_path: Path, name: str, expired: bool, reason: str
+) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=reason):
         handshake(TlsPki.generate(now=NOW, names=["localhost"], expired=expired), tmp_path, name)
 
@@ -316,7 +361,8 @@ class Answers:
         return self._answer
 
 
-# The start of each snippet: the raw ioctl by ctypes, with errno and the length that was written back.
+# The start of each snippet: the raw ioctl by ctypes, with errno and the length that was written
+# back.
 PRELUDE: Final = """
 import ctypes, errno, fcntl, json, os, stat, struct, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -343,7 +389,12 @@ def run(device: SimulatedDevice, code: str) -> Any:
     """The JSON that a Python snippet prints in a process that has the device."""
     command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code)]
     done = subprocess.run(
-        command, cwd=ROOT, env=device.environment(os.environ), capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=device.environment(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stderr == ""
     return json.loads(done.stdout)
@@ -379,11 +430,15 @@ int main(void)
 
 
 @pytest.mark.parametrize("flags", [[], ["-O2", "-D_FORTIFY_SOURCE=2", "-D_FILE_OFFSET_BITS=64"]])
-def test_a_program_in_c_gets_a_document(device: SimulatedDevice, tmp_path: Path, flags: list[str]) -> None:
+def test_a_program_in_c_gets_a_document(
+    device: SimulatedDevice, tmp_path: Path, flags: list[str]
+) -> None:
     source, program = tmp_path / "program.c", tmp_path / "program"
     source.write_text(C_PROGRAM)
     subprocess.run(["cc", "-Wall", "-Werror", *flags, source, "-o", program], check=True)
-    done = subprocess.run([program], env=device.environment(os.environ), capture_output=True, check=True)
+    done = subprocess.run(
+        [program], env=device.environment(os.environ), capture_output=True, check=True
+    )
     document.verify(cbor2.loads(done.stdout)["Attestation"]["document"], roots=[PKI.root_sha256])
 
 
@@ -415,7 +470,9 @@ def test_every_name_of_open(device: SimulatedDevice, tmp_path: Path) -> None:
     source.write_text(FORTIFIED)
     subprocess.run(["cc", source, "-o", program], check=True)
     command = [str(program), "/dev/nsm", "/dev/null", "/dev/nsm2", "/dev//nsm"]
-    done = subprocess.run(command, env=device.environment(os.environ), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=device.environment(os.environ), capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["1" * 8, "1" * 8, "0" * 8, "0" * 8]
 
 
@@ -438,10 +495,16 @@ def test_looks_like_a_character_device(device: SimulatedDevice) -> None:
     assert run(device, code) == [[stat.S_IFCHR | 0o666] * 4, [True, True, False, True], False, 0]
 
 
-@pytest.mark.parametrize("command", ["test -c /dev/nsm -a -r /dev/nsm -a -w /dev/nsm", "stat -c %A:%F /dev/nsm"])
+@pytest.mark.parametrize(
+    "command", ["test -c /dev/nsm -a -r /dev/nsm -a -w /dev/nsm", "stat -c %A:%F /dev/nsm"]
+)
 def test_looks_like_a_character_device_to_a_shell(device: SimulatedDevice, command: str) -> None:
     done = subprocess.run(
-        ["sh", "-c", command], env=device.environment(os.environ), capture_output=True, text=True, check=True
+        ["sh", "-c", command],
+        env=device.environment(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() in {"", "crw-rw-rw-:character special file"}
 
@@ -488,7 +551,11 @@ def test_largest_request_and_answer() -> None:
         found = [ask(fd, bytes(size)) for size in (4096, 4097, 0)]
         print(json.dumps([(outcome, length, answer == b"\\x11" * 12288) for outcome, length, answer in found]))
     """
-    assert in_enclave(module, code) == [["done", 12288, True], ["EMSGSIZE", 12288, False], ["EINVAL", 12288, False]]
+    assert in_enclave(module, code) == [
+        ["done", 12288, True],
+        ["EMSGSIZE", 12288, False],
+        ["EINVAL", 12288, False],
+    ]
     assert [len(request) for request in module.requests] == [4096]
 
 
@@ -506,7 +573,10 @@ def test_bad_pointers() -> None:
         found += [ioctl(fd, COMMAND, ctypes.c_void_p(read_only))]
         print(json.dumps(found))
     """
-    assert in_enclave(Answers(), code) == [*["EFAULT"] * 6, "EINVAL"]  # the last is a zeroed nsm_raw
+    assert in_enclave(Answers(), code) == [
+        *["EFAULT"] * 6,
+        "EINVAL",
+    ]  # the last is a zeroed nsm_raw
 
 
 def test_other_ioctls(device: SimulatedDevice) -> None:
@@ -521,7 +591,16 @@ def test_other_ioctls(device: SimulatedDevice) -> None:
             found += [ioctl(null.fileno(), COMMAND, space), ioctl(-1, COMMAND, space)]
         print(json.dumps(found))
     """
-    assert run(device, code) == ["EINVAL", "EINVAL", "ENOTTY", "EINVAL", False, True, "ENOTTY", "EBADF"]
+    assert run(device, code) == [
+        "EINVAL",
+        "EINVAL",
+        "ENOTTY",
+        "EINVAL",
+        False,
+        True,
+        "ENOTTY",
+        "EBADF",
+    ]
 
 
 def test_every_other_file_is_left_alone(device: SimulatedDevice, tmp_path: Path) -> None:
@@ -577,7 +656,8 @@ def test_without_the_variable_everything_is_left_alone(device: SimulatedDevice) 
 def test_after_fork_dup_and_exec_and_in_threads() -> None:
     module = Answers(b"answer")
     child = (
-        "from nsm.device import Device; device = Device.__new__(Device); device._fd = int(__import__('sys').argv[1]);"
+        "from nsm.device import Device; device = Device.__new__(Device); device._fd = "
+        "int(__import__('sys').argv[1]);"
     )
     child += "print(device._exchange('x', b'exec'))"
     code = f"""
@@ -611,7 +691,9 @@ def test_descriptor_that_became_another_file(device: SimulatedDevice) -> None:
 
 
 def test_eight_processes_of_eight_threads() -> None:
-    """What each asks for comes back to it: PCR 16 is extended once for each request, and no value is given twice."""
+    """What each asks for comes back to it: PCR 16 is extended once for each request, and no value
+    is given twice.
+    """
     module = SoftwareNsm(PKI)
     code = """
         from concurrent.futures import ThreadPoolExecutor
@@ -621,7 +703,9 @@ def test_eight_processes_of_eight_threads() -> None:
             print(json.dumps([value.hex() for value in pool.map(lambda _: module.extend_pcr(16, b"x"), range(32))]))
     """
     with SimulatedDevice(module) as shared, ThreadPoolExecutor(8) as pool:
-        values = [value for found in pool.map(lambda _: run(shared, code), range(8)) for value in found]
+        values = [
+            value for found in pool.map(lambda _: run(shared, code), range(8)) for value in found
+        ]
     assert len(set(values)) == 8 * 32
     assert module.pcrs[16].hex() in values
 
@@ -640,7 +724,9 @@ def test_server_gone() -> None:
     command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code)]
     with SimulatedDevice(Answers()) as device:
         environment = device.environment(os.environ)
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
     out, _ = process.communicate("\n")
@@ -692,7 +778,11 @@ def test_server_without_descriptors_recovers() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, hard))
         try:
             done = subprocess.run(
-                command, env=device.environment(os.environ), capture_output=True, text=True, check=False
+                command,
+                env=device.environment(os.environ),
+                capture_output=True,
+                text=True,
+                check=False,
             )
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,6 +1,8 @@
-"""The simulated KMS: what it gives, what it refuses, what it can do wrong, and the envelopes it writes.
+"""The simulated KMS: what it gives, what it refuses, what it can do wrong, and the envelopes it
+writes.
 
-Through a botocore client over TLS wherever a client can see it; below that only where a client would hide it.
+Through a botocore client over TLS wherever a client can see it; below that only where a client
+would hide it.
 """
 
 from __future__ import annotations
@@ -61,12 +63,16 @@ def key() -> rsa.RSAPrivateKey:
 
 
 def spki_of(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
-    return key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
 
 
 def document_of(nsm: SoftwareNsm, public_key: bytes | None) -> bytes:
     fields = {"user_data": None, "nonce": None, "public_key": public_key}
-    document = cbor2.loads(nsm.answer(cbor2.dumps({"Attestation": fields})))["Attestation"]["document"]
+    document = cbor2.loads(nsm.answer(cbor2.dumps({"Attestation": fields})))["Attestation"][
+        "document"
+    ]
     assert isinstance(document, bytes)
     return document
 
@@ -96,7 +102,9 @@ def open_independently(sealed: bytes, key: rsa.RSAPrivateKey) -> bytes:
     )
     algorithm = inner["content_encryption_algorithm"]
     assert algorithm["algorithm"].native == "aes256_cbc"
-    decryptor = Cipher(algorithms.AES(content_key), modes.CBC(algorithm["parameters"].native)).decryptor()
+    decryptor = Cipher(
+        algorithms.AES(content_key), modes.CBC(algorithm["parameters"].native)
+    ).decryptor()
     padded = decryptor.update(inner["encrypted_content"].native) + decryptor.finalize()
     return padded[: -padded[-1]]
 
@@ -104,7 +112,11 @@ def open_independently(sealed: bytes, key: rsa.RSAPrivateKey) -> bytes:
 def open_with_openssl(sealed: bytes, key: rsa.RSAPrivateKey, folder: Path) -> bytes:
     pem = folder / "key.pem"
     pem.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
     )
     command = ["openssl", "cms", "-decrypt", "-binary", "-inform", "DER", "-inkey", str(pem)]
     return subprocess.run(command, input=sealed, capture_output=True, check=True).stdout
@@ -133,17 +145,30 @@ class Service:
             "aws_secret_access_key": given.secret_key,
             "aws_session_token": given.token,
         }
-        config = Config(retries={"total_max_attempts": attempts, "mode": "standard"}, proxies={}, read_timeout=timeout)
-        unset = {"config_file": (None, None, "/dev/null", None), "profile": (None, None, None, None)}
+        config = Config(
+            retries={"total_max_attempts": attempts, "mode": "standard"},
+            proxies={},
+            read_timeout=timeout,
+        )
+        unset = {
+            "config_file": (None, None, "/dev/null", None),
+            "profile": (None, None, None, None),
+        }
         session = botocore.session.Session(session_vars=unset)
-        client = session.create_client("kms", config=config, verify=self.ca_file, **(settings | changes))
+        client = session.create_client(
+            "kms", config=config, verify=self.ca_file, **(settings | changes)
+        )
         return cast("KMSClient", client)
 
     def connect(self) -> http.client.HTTPSConnection:
         context = ssl.create_default_context(cafile=self.ca_file)
-        return http.client.HTTPSConnection("localhost", self.https.port, context=context, timeout=10)
+        return http.client.HTTPSConnection(
+            "localhost", self.https.port, context=context, timeout=10
+        )
 
-    def signed(self, operation: str, members: dict[str, Any], **headers: str) -> tuple[bytes, dict[str, str]]:
+    def signed(
+        self, operation: str, members: dict[str, Any], **headers: str
+    ) -> tuple[bytes, dict[str, str]]:
         """The body and headers of a request, signed by botocore."""
         body = json.dumps(members, default=lambda value: base64.b64encode(value).decode()).encode()
         given = self.app.credentials
@@ -156,7 +181,9 @@ class Service:
         SigV4Auth(credentials, "kms", self.app.region).add_auth(request)
         return body, dict(request.headers.items())
 
-    def post(self, body: bytes, headers: dict[str, str]) -> tuple[int, Any, http.client.HTTPMessage]:
+    def post(
+        self, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, Any, http.client.HTTPMessage]:
         with contextlib.closing(self.connect()) as connection:
             connection.request("POST", "/", body, headers)
             response = connection.getresponse()
@@ -165,7 +192,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(folder: Path, pki: NsmPki, tls_fault: str | None = None, **settings: Any) -> Iterator[Service]:
+def running(
+    folder: Path, pki: NsmPki, tls_fault: str | None = None, **settings: Any
+) -> Iterator[Service]:
     app = AttestedKms(nsm_root_sha256=pki.root_sha256, **settings)
     with HttpsServer(app, region=app.region, fault=tls_fault) as https:
         yield Service(app, https, folder)
@@ -205,7 +234,12 @@ def refused(code: str, text: str = "") -> Iterator[None]:
 
 def open_policy(service: Service) -> str:
     """A policy that lets the principal do everything, without a document."""
-    statement = {"Effect": "Allow", "Principal": {"AWS": service.app.principal}, "Action": "kms:*", "Resource": "*"}
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"AWS": service.app.principal},
+        "Action": "kms:*",
+        "Resource": "*",
+    }
     return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
 
@@ -220,7 +254,9 @@ def unguarded(fresh: Service) -> KMSClient:
 
 
 @pytest.mark.parametrize("context", [{}, {"node": "3", "version": "7"}])
-def test_a_ciphertext_opens_under_its_context(unguarded: KMSClient, context: dict[str, str]) -> None:
+def test_a_ciphertext_opens_under_its_context(
+    unguarded: KMSClient, context: dict[str, str]
+) -> None:
     sealed = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext=context)
     opened = unguarded.decrypt(CiphertextBlob=sealed["CiphertextBlob"], EncryptionContext=context)
     assert opened["Plaintext"] == SECRET
@@ -230,7 +266,9 @@ def test_a_ciphertext_opens_under_its_context(unguarded: KMSClient, context: dic
 
 
 @pytest.mark.parametrize("context", [{}, {"ab": "c"}, {"a": "bc", "d": ""}, {"A": "bc"}])
-def test_another_context_is_refused_without_a_message(unguarded: KMSClient, context: dict[str, str]) -> None:
+def test_another_context_is_refused_without_a_message(
+    unguarded: KMSClient, context: dict[str, str]
+) -> None:
     sealed = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"a": "bc"})
     with refused("InvalidCiphertextException"):
         unguarded.decrypt(CiphertextBlob=sealed["CiphertextBlob"], EncryptionContext=context)
@@ -240,7 +278,9 @@ def test_every_flipped_byte_and_every_cut_of_a_ciphertext_is_refused(unguarded: 
     sealed = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=b"s")["CiphertextBlob"]
     for index in range(len(sealed)):
         with refused("InvalidCiphertextException"):
-            unguarded.decrypt(CiphertextBlob=sealed[:index] + bytes((sealed[index] ^ 1,)) + sealed[index + 1 :])
+            unguarded.decrypt(
+                CiphertextBlob=sealed[:index] + bytes((sealed[index] ^ 1,)) + sealed[index + 1 :]
+            )
         with refused("InvalidCiphertextException" if index else "ValidationException"):
             unguarded.decrypt(CiphertextBlob=sealed[:index])
 
@@ -270,7 +310,10 @@ def test_a_new_key_and_alias_work_in_the_same_account(fresh: Service) -> None:
     client.create_alias(AliasName="alias/second", TargetKeyId=made["KeyId"])
     sealed = client.encrypt(KeyId="alias/second", Plaintext=SECRET)
     assert sealed["KeyId"] == made["Arn"]
-    assert client.decrypt(CiphertextBlob=sealed["CiphertextBlob"], KeyId=made["KeyId"])["Plaintext"] == SECRET
+    assert (
+        client.decrypt(CiphertextBlob=sealed["CiphertextBlob"], KeyId=made["KeyId"])["Plaintext"]
+        == SECRET
+    )
     with refused("IncorrectKeyException"):
         client.decrypt(CiphertextBlob=sealed["CiphertextBlob"], KeyId=kms.ALIAS)
 
@@ -282,14 +325,18 @@ def test_two_simulators_share_no_key(fresh: Service, client: KMSClient) -> None:
 
 
 def test_re_encryption_moves_a_secret_to_another_context(unguarded: KMSClient) -> None:
-    sealed = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"v": "1"})["CiphertextBlob"]
+    sealed = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"v": "1"})[
+        "CiphertextBlob"
+    ]
     moved = unguarded.re_encrypt(
         CiphertextBlob=sealed,
         SourceEncryptionContext={"v": "1"},
         DestinationKeyId=kms.ALIAS,
         DestinationEncryptionContext={"v": "2"},
     )["CiphertextBlob"]
-    assert unguarded.decrypt(CiphertextBlob=moved, EncryptionContext={"v": "2"})["Plaintext"] == SECRET
+    assert (
+        unguarded.decrypt(CiphertextBlob=moved, EncryptionContext={"v": "2"})["Plaintext"] == SECRET
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256"])
@@ -302,7 +349,12 @@ def test_rsa_ciphertexts_are_rsa(fresh: Service, algorithm: Any) -> None:
     assert described["KeyId"].endswith(f":key/{made}")
     digest: hashes.HashAlgorithm = hashes.SHA1() if algorithm.endswith("_1") else hashes.SHA256()  # noqa: S303
     sealed = public_key.encrypt(SECRET, padding.OAEP(padding.MGF1(digest), digest, None))
-    for blob in (sealed, client.encrypt(KeyId=made, Plaintext=SECRET, EncryptionAlgorithm=algorithm)["CiphertextBlob"]):
+    for blob in (
+        sealed,
+        client.encrypt(KeyId=made, Plaintext=SECRET, EncryptionAlgorithm=algorithm)[
+            "CiphertextBlob"
+        ],
+    ):
         opened = client.decrypt(CiphertextBlob=blob, KeyId=made, EncryptionAlgorithm=algorithm)
         assert (opened["Plaintext"], opened["EncryptionAlgorithm"]) == (SECRET, algorithm)
         assert "KeyMaterialId" not in opened
@@ -323,7 +375,9 @@ def test_limits_of_plaintext_and_ciphertext(unguarded: KMSClient) -> None:
         unguarded.generate_data_key(KeyId=kms.ALIAS)
 
 
-@pytest.mark.parametrize("spec", ["RSA_2048", "ECC_NIST_P256", "ECC_NIST_P384", "ECC_NIST_P521", "ECC_SECG_P256K1"])
+@pytest.mark.parametrize(
+    "spec", ["RSA_2048", "ECC_NIST_P256", "ECC_NIST_P384", "ECC_NIST_P521", "ECC_SECG_P256K1"]
+)
 def test_a_data_key_pair_is_a_pair(unguarded: KMSClient, spec: Any) -> None:
     pair = unguarded.generate_data_key_pair(KeyId=kms.ALIAS, KeyPairSpec=spec)
     private_key = serialization.load_der_private_key(pair["PrivateKeyPlaintext"], None)
@@ -331,13 +385,16 @@ def test_a_data_key_pair_is_a_pair(unguarded: KMSClient, spec: Any) -> None:
     assert spki_of(private_key) == pair["PublicKey"]
     assert pair["KeyPairSpec"] == spec
     assert (
-        unguarded.decrypt(CiphertextBlob=pair["PrivateKeyCiphertextBlob"])["Plaintext"] == pair["PrivateKeyPlaintext"]
+        unguarded.decrypt(CiphertextBlob=pair["PrivateKeyCiphertextBlob"])["Plaintext"]
+        == pair["PrivateKeyPlaintext"]
     )
 
 
 def test_without_plaintext_means_it(client: KMSClient) -> None:
     data_key = client.generate_data_key_without_plaintext(KeyId=kms.ALIAS, KeySpec="AES_256")
-    pair = client.generate_data_key_pair_without_plaintext(KeyId=kms.ALIAS, KeyPairSpec="ECC_NIST_P256")
+    pair = client.generate_data_key_pair_without_plaintext(
+        KeyId=kms.ALIAS, KeyPairSpec="ECC_NIST_P256"
+    )
     assert "Plaintext" not in data_key
     assert "PrivateKeyPlaintext" not in pair
     assert data_key["CiphertextBlob"]
@@ -347,7 +404,9 @@ def test_without_plaintext_means_it(client: KMSClient) -> None:
 def agreement_key(client: KMSClient) -> tuple[str, ec.EllipticCurvePublicKey]:
     made = client.create_key(KeySpec="ECC_NIST_P256", KeyUsage="KEY_AGREEMENT")["KeyMetadata"]
     assert made["KeyAgreementAlgorithms"] == ["ECDH"]
-    public_key = serialization.load_der_public_key(client.get_public_key(KeyId=made["KeyId"])["PublicKey"])
+    public_key = serialization.load_der_public_key(
+        client.get_public_key(KeyId=made["KeyId"])["PublicKey"]
+    )
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     return made["KeyId"], public_key
 
@@ -355,7 +414,9 @@ def agreement_key(client: KMSClient) -> tuple[str, ec.EllipticCurvePublicKey]:
 def test_a_derived_secret_is_what_the_other_side_derives(fresh: Service) -> None:
     client, mine = fresh.client(), ec.generate_private_key(ec.SECP256R1())
     key_id, theirs = agreement_key(client)
-    answer = client.derive_shared_secret(KeyId=key_id, KeyAgreementAlgorithm="ECDH", PublicKey=spki_of(mine))
+    answer = client.derive_shared_secret(
+        KeyId=key_id, KeyAgreementAlgorithm="ECDH", PublicKey=spki_of(mine)
+    )
     assert answer["SharedSecret"] == mine.exchange(ec.ECDH(), theirs)
     assert (answer["KeyAgreementAlgorithm"], answer["KeyOrigin"]) == ("ECDH", "AWS_KMS")
     for wrong in (spki_of(ec.generate_private_key(ec.SECP384R1())), b"no key"):
@@ -366,7 +427,10 @@ def test_a_derived_secret_is_what_the_other_side_derives(fresh: Service) -> None
 
 
 def test_keys_that_cannot_be_used(unguarded: KMSClient, fresh: Service) -> None:
-    sealed, arn = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET)["CiphertextBlob"], fresh.app.key_arn
+    sealed, arn = (
+        unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET)["CiphertextBlob"],
+        fresh.app.key_arn,
+    )
     unguarded.disable_key(KeyId=arn)
     with refused("DisabledException", f"{arn} is disabled."):
         unguarded.decrypt(CiphertextBlob=sealed)
@@ -388,7 +452,10 @@ def test_a_dry_run_tells_whether_it_would_succeed(
         client.decrypt(CiphertextBlob=blob[:-1], Recipient=recipient, DryRun=True)
     with refused("DryRunOperationException"):
         client.decrypt(
-            KeyId=service.app.key_arn, Recipient=recipient, DryRun=True, DryRunModifiers=["IGNORE_CIPHERTEXT"]
+            KeyId=service.app.key_arn,
+            Recipient=recipient,
+            DryRun=True,
+            DryRunModifiers=["IGNORE_CIPHERTEXT"],
         )
 
 
@@ -399,7 +466,11 @@ def test_unknown_operations_and_bodies_are_refused(service: Service) -> None:
         ("Encrypt", {}, "ValidationException"),
         ("Encrypt", {"KeyId": 1, "Plaintext": "AA=="}, "SerializationException"),
         ("Encrypt", {"KeyId": kms.ALIAS, "Plaintext": "?"}, "SerializationException"),
-        ("Decrypt", {"CiphertextBlob": "AA==", "EncryptionContext": {"a": 1}}, "SerializationException"),
+        (
+            "Decrypt",
+            {"CiphertextBlob": "AA==", "EncryptionContext": {"a": 1}},
+            "SerializationException",
+        ),
         ("CreateAlias", {}, "ValidationException"),
         ("CreateKey", {"Policy": "{}"}, "MalformedPolicyDocumentException"),
         ("DescribeKey", {}, "ValidationException"),
@@ -428,20 +499,29 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes) -> None:
         ("Encrypt", {"KeyId": kms.ALIAS, "Plaintext": b""}),
         ("Encrypt", {"KeyId": kms.ALIAS, "Plaintext": b"s", "EncryptionAlgorithm": "SM2PKE"}),
         ("Decrypt", {"CiphertextBlob": b"s", "EncryptionAlgorithm": "RSAES_OAEP_SHA_256"}),
-        ("DeriveSharedSecret", {"KeyAgreementAlgorithm": "ECDH", "PublicKey": RSA_SPKI, "KeyId": kms.ALIAS}),
+        (
+            "DeriveSharedSecret",
+            {"KeyAgreementAlgorithm": "ECDH", "PublicKey": RSA_SPKI, "KeyId": kms.ALIAS},
+        ),
     ],
 )
-def test_members_out_of_bounds_are_refused(service: Service, operation: str, members: dict[str, Any]) -> None:
+def test_members_out_of_bounds_are_refused(
+    service: Service, operation: str, members: dict[str, Any]
+) -> None:
     status, error, _ = service.post(*service.signed(operation, members))
     assert (status, error["__type"]) == (400, "ValidationException")
 
 
 def test_the_right_key_of_the_wrong_kind_is_refused(unguarded: KMSClient) -> None:
-    made = unguarded.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]["KeyId"]
+    made = unguarded.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"][
+        "KeyId"
+    ]
     with refused("InvalidKeyUsageException"):
         unguarded.encrypt(KeyId=made, Plaintext=SECRET)
     with refused("InvalidKeyUsageException"):
-        unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionAlgorithm="RSAES_OAEP_SHA_256")
+        unguarded.encrypt(
+            KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionAlgorithm="RSAES_OAEP_SHA_256"
+        )
     with refused("InvalidKeyUsageException"):
         unguarded.generate_data_key_pair(KeyId=made, KeyPairSpec="ECC_NIST_P256")
 
@@ -450,10 +530,19 @@ def test_the_right_key_of_the_wrong_kind_is_refused(unguarded: KMSClient) -> Non
 
 
 def test_decrypt_seals_for_the_document(
-    client: KMSClient, service: Service, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef, blob: bytes
+    client: KMSClient,
+    service: Service,
+    key: rsa.RSAPrivateKey,
+    recipient: RecipientInfoTypeDef,
+    blob: bytes,
 ) -> None:
     answer = client.decrypt(CiphertextBlob=blob, Recipient=recipient)
-    assert set(answer) == {"KeyId", "EncryptionAlgorithm", "CiphertextForRecipient", "ResponseMetadata"}
+    assert set(answer) == {
+        "KeyId",
+        "EncryptionAlgorithm",
+        "CiphertextForRecipient",
+        "ResponseMetadata",
+    }
     assert answer["KeyId"] == service.app.key_arn
     assert open_independently(answer["CiphertextForRecipient"], key) == SECRET
 
@@ -466,7 +555,9 @@ def test_data_keys_are_sealed_and_open_again(
     sealed = made["CiphertextForRecipient"]
     assert not {"Plaintext", "KeyMaterialId"} & set(made)
     assert len(sealed) == 493
-    assert open_independently(sealed, key) == open_independently(again["CiphertextForRecipient"], key)
+    assert open_independently(sealed, key) == open_independently(
+        again["CiphertextForRecipient"], key
+    )
 
 
 @pytest.mark.parametrize("spec", ["ECC_NIST_P256", "RSA_3072"])
@@ -474,32 +565,41 @@ def test_data_key_pairs_are_sealed(
     client: KMSClient, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef, spec: Any
 ) -> None:
     pair = client.generate_data_key_pair(KeyId=kms.ALIAS, KeyPairSpec=spec, Recipient=recipient)
-    private_key = serialization.load_der_private_key(open_independently(pair["CiphertextForRecipient"], key), None)
+    private_key = serialization.load_der_private_key(
+        open_independently(pair["CiphertextForRecipient"], key), None
+    )
     assert isinstance(private_key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
     assert spki_of(private_key) == pair["PublicKey"]
     assert not {"PrivateKeyPlaintext", "KeyMaterialId"} & set(pair)
 
 
-def test_random_bytes_are_sealed(client: KMSClient, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef) -> None:
+def test_random_bytes_are_sealed(
+    client: KMSClient, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef
+) -> None:
     answer = client.generate_random(NumberOfBytes=1024, Recipient=recipient)
     assert set(answer) == {"CiphertextForRecipient", "ResponseMetadata"}
     assert len(open_independently(answer["CiphertextForRecipient"], key)) == 1024
     assert len(client.generate_random(NumberOfBytes=16)["Plaintext"]) == 16
 
 
-def test_shared_secrets_are_sealed(fresh: Service, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef) -> None:
+def test_shared_secrets_are_sealed(
+    fresh: Service, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef
+) -> None:
     client, mine = fresh.client(), ec.generate_private_key(ec.SECP256R1())
     key_id, theirs = agreement_key(client)
     answer = client.derive_shared_secret(
         KeyId=key_id, KeyAgreementAlgorithm="ECDH", PublicKey=spki_of(mine), Recipient=recipient
     )
     assert "SharedSecret" not in answer
-    assert open_independently(answer["CiphertextForRecipient"], key) == mine.exchange(ec.ECDH(), theirs)
+    assert open_independently(answer["CiphertextForRecipient"], key) == mine.exchange(
+        ec.ECDH(), theirs
+    )
 
 
 def test_secrets_need_a_document(client: KMSClient, service: Service, blob: bytes) -> None:
     text = (
-        f"User: {service.app.principal} is not authorized to perform: kms:Decrypt on resource: {service.app.key_arn} "
+        f"User: {service.app.principal} is not authorized to perform: kms:Decrypt on resource: "
+        f"{service.app.key_arn} "
         "because no resource-based policy allows the kms:Decrypt action"
     )
     with refused("AccessDeniedException", text):
@@ -512,7 +612,11 @@ def test_secrets_need_a_document(client: KMSClient, service: Service, blob: byte
 
 def test_the_refusal_is_spelled_as_kms_spells_it(service: Service, blob: bytes) -> None:
     status, error, _ = service.post(*service.signed("Decrypt", {"CiphertextBlob": blob}))
-    assert (status, set(error), error["__type"]) == (400, {"__type", "Message"}, "AccessDeniedException")
+    assert (status, set(error), error["__type"]) == (
+        400,
+        {"__type", "Message"},
+        "AccessDeniedException",
+    )
     flipped = bytes((blob[0] ^ 1,)) + blob[1:]
     status, error, _ = service.post(*service.signed("Decrypt", {"CiphertextBlob": flipped}))
     assert (status, error) == (400, {"__type": "InvalidCiphertextException"})
@@ -555,19 +659,29 @@ def test_recipients_that_are_none_are_refused(client: KMSClient, pki: NsmPki, bl
     with refused("ValidationException", "RSA"):
         client.decrypt(CiphertextBlob=blob, Recipient=recipient_of(on_a_curve))
     with refused("ValidationException"):
-        client.decrypt(CiphertextBlob=blob, Recipient={"AttestationDocument": document_of(nsm, small)})
+        client.decrypt(
+            CiphertextBlob=blob, Recipient={"AttestationDocument": document_of(nsm, small)}
+        )
 
 
-def test_a_document_cures_neither_key_nor_context_nor_blob(fresh: Service, recipient: RecipientInfoTypeDef) -> None:
+def test_a_document_cures_neither_key_nor_context_nor_blob(
+    fresh: Service, recipient: RecipientInfoTypeDef
+) -> None:
     client = fresh.client()
-    sealed = client.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"node": "3"})["CiphertextBlob"]
+    sealed = client.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"node": "3"})[
+        "CiphertextBlob"
+    ]
     with refused("InvalidCiphertextException"):
         client.decrypt(CiphertextBlob=sealed, EncryptionContext={"node": "4"}, Recipient=recipient)
     with refused("InvalidCiphertextException"):
-        client.decrypt(CiphertextBlob=sealed[:-1] + b"?", EncryptionContext={"node": "3"}, Recipient=recipient)
+        client.decrypt(
+            CiphertextBlob=sealed[:-1] + b"?", EncryptionContext={"node": "3"}, Recipient=recipient
+        )
     other = client.create_key()["KeyMetadata"]["Arn"]
     with refused("IncorrectKeyException"):
-        client.decrypt(CiphertextBlob=sealed, KeyId=other, EncryptionContext={"node": "3"}, Recipient=recipient)
+        client.decrypt(
+            CiphertextBlob=sealed, KeyId=other, EncryptionContext={"node": "3"}, Recipient=recipient
+        )
     client.disable_key(KeyId=fresh.app.key_arn)
     with refused("DisabledException"):
         client.decrypt(CiphertextBlob=sealed, EncryptionContext={"node": "3"}, Recipient=recipient)
@@ -589,11 +703,20 @@ def test_the_longest_plaintext_comes_in_chunks(
 def policy_with(effect: str, principal: str, condition: dict[str, Any]) -> str:
     allow = {"Effect": "Allow", "Principal": {"AWS": principal}, "Action": "kms:*", "Resource": "*"}
     statement = allow | {"Effect": effect, "Condition": condition}
-    return json.dumps({"Version": "2012-10-17", "Statement": [statement] if effect == "Allow" else [allow, statement]})
+    return json.dumps(
+        {
+            "Version": "2012-10-17",
+            "Statement": [statement] if effect == "Allow" else [allow, statement],
+        }
+    )
 
 
-PCR8: Final = {"StringEqualsIgnoreCase": {"kms:RecipientAttestation:PCR8": DEFAULT_PCRS[8].hex().upper()}}
-NO_PCR8: Final = {"StringNotEqualsIgnoreCase": {"kms:RecipientAttestation:PCR8": DEFAULT_PCRS[8].hex()}}
+PCR8: Final = {
+    "StringEqualsIgnoreCase": {"kms:RecipientAttestation:PCR8": DEFAULT_PCRS[8].hex().upper()}
+}
+NO_PCR8: Final = {
+    "StringNotEqualsIgnoreCase": {"kms:RecipientAttestation:PCR8": DEFAULT_PCRS[8].hex()}
+}
 ROOT: Final = "arn:aws:iam::111122223333:root"
 
 
@@ -602,11 +725,29 @@ ROOT: Final = "arn:aws:iam::111122223333:root"
     [
         (policy_with("Allow", "*", {}), None, None),
         (policy_with("Allow", "*", PCR8), "because no resource-based policy", None),
-        (policy_with("Deny", "*", NO_PCR8), "with an explicit deny in a resource-based policy", None),
+        (
+            policy_with("Deny", "*", NO_PCR8),
+            "with an explicit deny in a resource-based policy",
+            None,
+        ),
         (policy_with("Allow", ROOT, {}), None, None),
-        (policy_with("Allow", "arn:aws:iam::111122223333:role/other", {}), "because no", "because no"),
-        (policy_with("Allow", "*", {"StringEquals": {"kms:EncryptionContext:node": "3"}}), "because no", "because no"),
-        (policy_with("Allow", "*", {"StringEquals": {"kms:EncryptionAlgorithm": "SYMMETRIC_DEFAULT"}}), None, None),
+        (
+            policy_with("Allow", "arn:aws:iam::111122223333:role/other", {}),
+            "because no",
+            "because no",
+        ),
+        (
+            policy_with("Allow", "*", {"StringEquals": {"kms:EncryptionContext:node": "3"}}),
+            "because no",
+            "because no",
+        ),
+        (
+            policy_with(
+                "Allow", "*", {"StringEquals": {"kms:EncryptionAlgorithm": "SYMMETRIC_DEFAULT"}}
+            ),
+            None,
+            None,
+        ),
     ],
 )
 def test_the_key_policy_decides(
@@ -621,13 +762,18 @@ def test_the_key_policy_decides(
         client = service.client()
         for text, arguments in ((bare, {}), (attested, {"Recipient": recipient})):
             with refused("AccessDeniedException", text) if text else contextlib.nullcontext():
-                client.generate_data_key(KeyId=kms.ALIAS, KeySpec="AES_128", **cast("Any", arguments))
+                client.generate_data_key(
+                    KeyId=kms.ALIAS, KeySpec="AES_128", **cast("Any", arguments)
+                )
 
 
 def test_another_account_needs_more_than_the_key_policy(tmp_path: Path, pki: NsmPki) -> None:
     with (
         running(
-            tmp_path, pki, principal="arn:aws:iam::999999999999:user/eve", key_policy=policy_with("Allow", "*", {})
+            tmp_path,
+            pki,
+            principal="arn:aws:iam::999999999999:user/eve",
+            key_policy=policy_with("Allow", "*", {}),
         ) as service,
         refused("AccessDeniedException"),
     ):
@@ -684,10 +830,16 @@ def test_a_changed_request_is_refused(service: Service) -> None:
     assert service.post(body, headers)[1]["__type"] == "MissingAuthenticationTokenException"
 
 
-@pytest.mark.parametrize(("minutes", "text"), [(6, "Signature expired"), (-6, "Signature not yet current")])
-def test_a_clock_that_is_off_is_refused(tmp_path: Path, pki: NsmPki, minutes: int, text: str) -> None:
+@pytest.mark.parametrize(
+    ("minutes", "text"), [(6, "Signature expired"), (-6, "Signature not yet current")]
+)
+def test_a_clock_that_is_off_is_refused(
+    tmp_path: Path, pki: NsmPki, minutes: int, text: str
+) -> None:
     with (
-        running(tmp_path, pki, clock=lambda: datetime.now(UTC) + timedelta(minutes=minutes)) as service,
+        running(
+            tmp_path, pki, clock=lambda: datetime.now(UTC) + timedelta(minutes=minutes)
+        ) as service,
         refused("InvalidSignatureException", text),
     ):
         service.client().list_keys()
@@ -741,11 +893,15 @@ def attested_post(
     service: Service, recipient: RecipientInfoTypeDef
 ) -> tuple[int, dict[str, Any], http.client.HTTPMessage]:
     blob = service.client().encrypt(KeyId=kms.ALIAS, Plaintext=SECRET)["CiphertextBlob"]
-    return service.post(*service.signed("Decrypt", {"CiphertextBlob": blob, "Recipient": recipient}))
+    return service.post(
+        *service.signed("Decrypt", {"CiphertextBlob": blob, "Recipient": recipient})
+    )
 
 
 @faults(*REFUSALS)
-def test_refusals_on_demand(faulty: Service, recipient: RecipientInfoTypeDef, request: pytest.FixtureRequest) -> None:
+def test_refusals_on_demand(
+    faulty: Service, recipient: RecipientInfoTypeDef, request: pytest.FixtureRequest
+) -> None:
     name = request.node.callspec.id
     status, error, headers = attested_post(faulty, recipient)
     assert (status, error["__type"]) == REFUSALS[name]
@@ -762,7 +918,9 @@ def test_refusals_on_demand(faulty: Service, recipient: RecipientInfoTypeDef, re
 
 
 @faults("throttle-once", "internal-once")
-def test_a_retry_passes(faulty: Service, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef) -> None:
+def test_a_retry_passes(
+    faulty: Service, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef
+) -> None:
     client = faulty.client(attempts=2)
     blob = client.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET)["CiphertextBlob"]
     answer = client.decrypt(CiphertextBlob=blob, Recipient=recipient)
@@ -772,7 +930,13 @@ def test_a_retry_passes(faulty: Service, key: rsa.RSAPrivateKey, recipient: Reci
 
 ANSWERS: Final = {
     "no-envelope": {"KeyId", "EncryptionAlgorithm", "Plaintext", "KeyMaterialId"},
-    "plaintext-beside": {"KeyId", "EncryptionAlgorithm", "Plaintext", "KeyMaterialId", "CiphertextForRecipient"},
+    "plaintext-beside": {
+        "KeyId",
+        "EncryptionAlgorithm",
+        "Plaintext",
+        "KeyMaterialId",
+        "CiphertextForRecipient",
+    },
     "nothing-sealed": {"KeyId", "EncryptionAlgorithm"},
     "empty-envelope": {"KeyId", "EncryptionAlgorithm", "CiphertextForRecipient"},
     "wrong-key-id": {"KeyId", "EncryptionAlgorithm", "CiphertextForRecipient"},
@@ -861,7 +1025,16 @@ def test_a_body_without_end(faulty: Service, recipient: RecipientInfoTypeDef) ->
 
 
 def test_every_fault_has_its_test() -> None:
-    on_the_wire = {"not-json", "html-error", "empty-body", "cut-body", "reset", "slow-body", "hang", "endless-body"}
+    on_the_wire = {
+        "not-json",
+        "html-error",
+        "empty-body",
+        "cut-body",
+        "reset",
+        "slow-body",
+        "hang",
+        "endless-body",
+    }
     assert set(kms.FAULTS) == set(REFUSALS) | set(ANSWERS) | set(envelope.MALFORMED) | on_the_wire
     assert all(kms.FAULTS.values())
 
@@ -892,22 +1065,30 @@ def test_a_client_that_says_nothing_blocks_nobody(service: Service) -> None:
 
 
 @pytest.mark.parametrize("fault", ["hang", "slow-body"])
-def test_shutdown_waits_for_nobody(tmp_path: Path, pki: NsmPki, recipient: RecipientInfoTypeDef, fault: str) -> None:
+def test_shutdown_waits_for_nobody(
+    tmp_path: Path, pki: NsmPki, recipient: RecipientInfoTypeDef, fault: str
+) -> None:
     with running(tmp_path, pki, fault=fault) as service:
         connection = service.connect()
-        body, headers = service.signed("GenerateRandom", {"NumberOfBytes": 32, "Recipient": recipient})
+        body, headers = service.signed(
+            "GenerateRandom", {"NumberOfBytes": 32, "Recipient": recipient}
+        )
         connection.request("POST", "/", body, headers)
         started = time.monotonic()
     assert time.monotonic() - started < 5
     connection.close()
 
 
-def test_threads_end_with_their_clients(tmp_path: Path, pki: NsmPki, recipient: RecipientInfoTypeDef) -> None:
+def test_threads_end_with_their_clients(
+    tmp_path: Path, pki: NsmPki, recipient: RecipientInfoTypeDef
+) -> None:
     before = set(threading.enumerate())
     with running(tmp_path, pki, fault="hang") as service:
         with contextlib.closing(service.connect()) as connection:
             connection.request(
-                "POST", "/", *service.signed("GenerateRandom", {"NumberOfBytes": 1, "Recipient": recipient})
+                "POST",
+                "/",
+                *service.signed("GenerateRandom", {"NumberOfBytes": 1, "Recipient": recipient}),
             )
         for thread in set(threading.enumerate()) - before - {service.https._thread}:
             thread.join(5)
@@ -915,7 +1096,8 @@ def test_threads_end_with_their_clients(tmp_path: Path, pki: NsmPki, recipient: 
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Content-Length": "x"}, {"Content-Length": "9999999"}, {"Transfer-Encoding": "chunked"}]
+    "headers",
+    [{"Content-Length": "x"}, {"Content-Length": "9999999"}, {"Transfer-Encoding": "chunked"}],
 )
 def test_bodies_that_cannot_be_read_are_refused(service: Service, headers: dict[str, str]) -> None:
     with contextlib.closing(service.connect()) as connection:
@@ -949,7 +1131,9 @@ def test_tls_faults(tmp_path: Path, pki: NsmPki, fault: str) -> None:
     assert texts[fault] in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["kms.eu-west-1.amazonaws.com", "kms-fips.eu-west-1.amazonaws.com", "127.0.0.1"])
+@pytest.mark.parametrize(
+    "name", ["kms.eu-west-1.amazonaws.com", "kms-fips.eu-west-1.amazonaws.com", "127.0.0.1"]
+)
 def test_the_certificate_has_the_names_of_the_endpoints(service: Service, name: str) -> None:
     context = ssl.create_default_context(cafile=service.ca_file)
     with (
@@ -978,7 +1162,9 @@ def test_the_service_writes_the_form_asked_for(
     tmp_path: Path, pki: NsmPki, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef, form: str
 ) -> None:
     with running(tmp_path, pki, envelope=form) as service:
-        answer = service.client().generate_random(NumberOfBytes=32, Recipient=recipient)["CiphertextForRecipient"]
+        answer = service.client().generate_random(NumberOfBytes=32, Recipient=recipient)[
+            "CiphertextForRecipient"
+        ]
     reference = envelope.seal(bytes(32), spki_of(key), form)
     assert (len(answer), answer[:60]) == (len(reference), reference[:60])
     assert len(open_with_openssl(answer, key, tmp_path)) == 32
@@ -1001,7 +1187,9 @@ def test_envelopes_have_the_structure_of_genuine_ones(name: str, form: str) -> N
 
 
 def _masked(sealed: bytes, key: rsa.RSAPrivateKey) -> bytes:
-    """Everything that is not random: encrypted key, IV and content are blanked, structure and lengths are not."""
+    """Everything that is not random: encrypted key, IV and content are blanked, structure and
+    lengths are not.
+    """
     content = cms.ContentInfo.load(sealed)["content"]
     (recipient,) = content["recipient_infos"]
     inner = content["encrypted_content_info"]
@@ -1017,9 +1205,16 @@ def _masked(sealed: bytes, key: rsa.RSAPrivateKey) -> bytes:
 
 def test_kms_envelopes_begin_as_genuine_ones(key: rsa.RSAPrivateKey) -> None:
     sealed = envelope.seal(bytes(12), spki_of(key))
-    assert sealed.hex().startswith("308006092a864886f70d010703a0803080020102318201" + "6b30820167020102" + "8020")
+    assert sealed.hex().startswith(
+        "308006092a864886f70d010703a0803080020102318201" + "6b30820167020102" + "8020"
+    )
     assert sealed.endswith(bytes(10))
-    assert [len(envelope.seal(bytes(size), spki_of(key))) for size in (12, 28, 32, 154)] == [461, 477, 493, 606]
+    assert [len(envelope.seal(bytes(size), spki_of(key))) for size in (12, 28, 32, 154)] == [
+        461,
+        477,
+        493,
+        606,
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(envelope.MALFORMED))
@@ -1033,7 +1228,9 @@ def test_a_malformed_envelope_is_no_honest_one(name: str, key: rsa.RSAPrivateKey
 
 
 @pytest.mark.parametrize("name", ["envelope-oaep-sha1", "envelope-oaep-label", "envelope-pkcs1v15"])
-def test_a_defect_is_one_that_a_lenient_client_would_open(name: str, key: rsa.RSAPrivateKey, tmp_path: Path) -> None:
+def test_a_defect_is_one_that_a_lenient_client_would_open(
+    name: str, key: rsa.RSAPrivateKey, tmp_path: Path
+) -> None:
     sealed = envelope.malform(name, SECRET, spki_of(key))
     assert open_with_openssl(sealed, key, tmp_path) == SECRET
 

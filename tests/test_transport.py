@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
     from tests.conftest import Enclave
 
-NEEDS_LIBRARY: Final = pytest.mark.skipif(not IN_PACKAGE.exists(), reason="nsm/libnsm.so is not built: make libnsm")
+NEEDS_LIBRARY: Final = pytest.mark.skipif(
+    not IN_PACKAGE.exists(), reason="nsm/libnsm.so is not built: make libnsm"
+)
 
 
 def without_library(enclave: Enclave, folder: Path) -> dict[str, str | None]:
     """An environment in which attestor runs from a copy without nsm/libnsm.so."""
     shutil.copy(ROOT / "attestor.py", folder)
-    shutil.copytree(ROOT / "nsm", folder / "nsm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "nsm", folder / "nsm", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     return {"PYTHONPATH": str(folder)}
 
 
@@ -32,9 +36,13 @@ def test_the_library_of_the_package_is_used(enclave: Enclave) -> None:
     assert f"attestor: note: Nitro Secure Module through {IN_PACKAGE} (ABI 1)\n" in run.err
 
 
-def test_with_no_library_the_device_is_used(enclave: Enclave, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_with_no_library_the_device_is_used(
+    enclave: Enclave, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     enclave.place(enclave.encrypt())
-    run = enclave.decrypt("-v", environment=without_library(enclave, tmp_path_factory.mktemp("copy")))
+    run = enclave.decrypt(
+        "-v", environment=without_library(enclave, tmp_path_factory.mktemp("copy"))
+    )
     assert run.status == 0, run.err
     assert "attestor: note: Nitro Secure Module through /dev/nsm\n" in run.err
     assert (enclave.folder / "out").read_bytes() == b"the secret"
@@ -66,8 +74,12 @@ def test_a_named_library_is_used(enclave: Enclave, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])
-@pytest.mark.parametrize(("content", "part"), [(b"text", "not a shared library"), (None, "not found")])
-def test_a_named_library_must_work(enclave: Enclave, how: str, content: bytes | None, part: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "part"), [(b"text", "not a shared library"), (None, "not found")]
+)
+def test_a_named_library_must_work(
+    enclave: Enclave, how: str, content: bytes | None, part: str
+) -> None:
     if content is not None:
         enclave.place(content, "bad.so")
     enclave.place(enclave.encrypt())
@@ -80,10 +92,14 @@ def test_a_named_library_must_work(enclave: Enclave, how: str, content: bytes | 
 
 
 @NEEDS_LIBRARY
-def test_outside_an_enclave_both_ways_say_the_same(enclave: Enclave, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_outside_an_enclave_both_ways_say_the_same(
+    enclave: Enclave, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     enclave.place(b"\0" * 200)
     nowhere: dict[str, str | None] = {"LD_PRELOAD": None}
-    direct = enclave.decrypt(environment=without_library(enclave, tmp_path_factory.mktemp("copy")) | nowhere)
+    direct = enclave.decrypt(
+        environment=without_library(enclave, tmp_path_factory.mktemp("copy")) | nowhere
+    )
     library = enclave.decrypt(environment=nowhere)
     assert direct == library
     assert direct.status == 3

@@ -1,4 +1,6 @@
-"""vsock as the way to KMS, S3 and the metadata service: on the host over TCP or a socket pair in its place."""
+"""vsock as the way to KMS, S3 and the metadata service: on the host over TCP or a socket pair in
+its place.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 DONE: Final = Run(0, b"", "")
 KMS: Final = "https://kms.eu-west-1.amazonaws.com"
 ONCE: Final[dict[str, str | None]] = {"AWS_MAX_ATTEMPTS": "1", "AWS_ENDPOINT_URL_KMS": None}
-PROXY: Final[dict[str, str | None]] = {"HTTPS_PROXY": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
+PROXY: Final[dict[str, str | None]] = {
+    "HTTPS_PROXY": "http://127.0.0.1:1",
+    "HTTP_PROXY": "http://127.0.0.1:1",
+}
 
 
 @pytest.mark.parametrize("text", ["", "3", "3:", ":8000", "3:8000:1", "-1:8000", "0:8000", "3:0", "x:1", "4294967295:1",
@@ -82,7 +87,9 @@ def client(enclave: Enclave, endpoint_url: str = KMS, ca: str | None = None) -> 
         aws_access_key_id=credentials.access_key,
         aws_secret_access_key=credentials.secret_key,
         aws_session_token=credentials.token,
-        config=botocore.config.Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=5),
+        config=botocore.config.Config(
+            retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=5
+        ),
     )
 
 
@@ -91,11 +98,16 @@ def carried(made: Any, dial: Callable[[float | None], socket.socket]) -> Any:
     return made
 
 
-@pytest.mark.parametrize("host", ["kms.eu-west-1.amazonaws.com", "kms-fips.eu-west-1.amazonaws.com"])
+@pytest.mark.parametrize(
+    "host", ["kms.eu-west-1.amazonaws.com", "kms-fips.eu-west-1.amazonaws.com"]
+)
 def test_the_connection_to_the_real_endpoint(enclave: Enclave, host: str) -> None:
     kms = carried(client(enclave, f"https://{host}"), bridge(enclave.world.port))
     for _ in range(3):
-        assert kms.describe_key(KeyId="alias/nitrosim")["KeyMetadata"]["Arn"] == enclave.world.kms.key_arn
+        assert (
+            kms.describe_key(KeyId="alias/nitrosim")["KeyMetadata"]["Arn"]
+            == enclave.world.kms.key_arn
+        )
 
 
 def test_connections_are_kept_alive(enclave: Enclave) -> None:
@@ -107,13 +119,19 @@ def test_connections_are_kept_alive(enclave: Enclave) -> None:
 
 
 def test_the_certificate_must_be_of_the_endpoints_name(enclave: Enclave) -> None:
-    kms = carried(client(enclave, "https://kms.us-east-1.amazonaws.com"), bridge(enclave.world.port))
+    kms = carried(
+        client(enclave, "https://kms.us-east-1.amazonaws.com"), bridge(enclave.world.port)
+    )
     with pytest.raises(botocore.exceptions.SSLError, match=r"doesn't match|not valid for"):
         kms.list_keys()
 
 
-def test_the_certificate_must_be_of_our_ca(enclave: Enclave, enclaves: Callable[..., Enclave]) -> None:
-    kms = carried(client(enclave, ca=enclaves().environment["AWS_CA_BUNDLE"]), bridge(enclave.world.port))
+def test_the_certificate_must_be_of_our_ca(
+    enclave: Enclave, enclaves: Callable[..., Enclave]
+) -> None:
+    kms = carried(
+        client(enclave, ca=enclaves().environment["AWS_CA_BUNDLE"]), bridge(enclave.world.port)
+    )
     with pytest.raises(botocore.exceptions.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
         kms.list_keys()
 
@@ -156,7 +174,9 @@ attestor.main()
 """
 
 
-def attestor(enclave: Enclave, *arguments: str, environment: dict[str, str | None] | None = None) -> Run:
+def attestor(
+    enclave: Enclave, *arguments: str, environment: dict[str, str | None] | None = None
+) -> Run:
     merged = {**ONCE, **PROXY, **(environment or {})}
     return enclave.run(sys.executable, "-c", HOST, *arguments, environment=merged)
 
@@ -174,7 +194,8 @@ def test_inject_through_vsock_with_s3(enclave: Enclave) -> None:
     (enclave.folder / "m.toml").write_text(
         f'region = "eu-west-1"\nkey_id = "{enclave.world.kms.key_arn}"\n'
         f'vsock = "3:{enclave.world.port}"\ns3_vsock = "3:{enclave.world.port}"\n'
-        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = {{node = "3"}}\n',
+        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = '
+        f'{{node = "3"}}\n',
         encoding="utf-8",
     )
     elsewhere: dict[str, str | None] = {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
@@ -186,7 +207,8 @@ def test_addresses_of_the_command_line_win(enclave: Enclave) -> None:
     enclave.world.store.objects["bucket/key"] = enclave.encrypt(node="3")
     (enclave.folder / "m.toml").write_text(
         f'region = "eu-west-1"\nkey_id = "{enclave.world.kms.key_arn}"\nvsock = "3:1"\n'
-        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = {{node = "3"}}\n',
+        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = '
+        f'{{node = "3"}}\n',
         encoding="utf-8",
     )
     ways = [f"--{name}=3:{enclave.world.port}" for name in ("vsock", "s3-vsock")]
@@ -195,7 +217,9 @@ def test_addresses_of_the_command_line_win(enclave: Enclave) -> None:
     assert (enclave.folder / "out").read_bytes() == b"the secret"
 
 
-@pytest.mark.parametrize("command", [["decrypt", "--any-key", "blob", "out"], ["generate-random", "1", "out"]])
+@pytest.mark.parametrize(
+    "command", [["decrypt", "--any-key", "blob", "out"], ["generate-random", "1", "out"]]
+)
 def test_nobody_listens(enclave: Enclave, command: list[str]) -> None:
     enclave.place(enclave.encrypt())
     run = attestor(enclave, *command, "--vsock", "3:1")
@@ -224,7 +248,9 @@ def test_a_certificate_of_somebody_else(enclave: Enclave, enclaves: Callable[...
     enclave.place(enclave.encrypt())
     other = enclaves().environment["AWS_CA_BUNDLE"]
     way = ["--vsock", f"3:{enclave.world.port}"]
-    run = attestor(enclave, "decrypt", "--any-key", *way, "blob", "out", environment={"AWS_CA_BUNDLE": other})
+    run = attestor(
+        enclave, "decrypt", "--any-key", *way, "blob", "out", environment={"AWS_CA_BUNDLE": other}
+    )
     assert run.status == 6, run.err
     assert enclave.files() == {"blob"}
 
@@ -325,11 +351,16 @@ def test_a_tag_of_the_instance_as_a_variable(enclave: Enclave, metadata: Service
     assert attestor(enclave, "inject", "-f", "m.toml", environment=BARE).status == 2
     del metadata.content["tags/instance/node"]
     run = attestor(enclave, "inject", "-f", "m.toml", environment=BARE)
-    assert (run.status, run.error) == (4, "the instance has no tag node, or tags are not enabled in instance metadata")
+    assert (run.status, run.error) == (
+        4,
+        "the instance has no tag node, or tags are not enabled in instance metadata",
+    )
     assert (enclave.folder / "out").read_bytes() == b"the secret"
 
 
-def test_expired_credentials_are_renewed_before_they_are_used(enclave: Enclave, metadata: Service) -> None:
+def test_expired_credentials_are_renewed_before_they_are_used(
+    enclave: Enclave, metadata: Service
+) -> None:
     """botocore's own refreshing, through our connections."""
     session = botocore.session.Session()
     port = metadata.server_port
@@ -342,7 +373,9 @@ def test_expired_credentials_are_renewed_before_they_are_used(enclave: Enclave, 
         vsock.carry_metadata(session, (3, port))
         credentials: Any = session.get_credentials()
         first = credentials.get_frozen_credentials()
-        renewed = json.loads(metadata.content["iam/security-credentials/the-role"]) | {"AccessKeyId": "AKIDRENEWED"}
+        renewed = json.loads(metadata.content["iam/security-credentials/the-role"]) | {
+            "AccessKeyId": "AKIDRENEWED"
+        }
         metadata.content["iam/security-credentials/the-role"] = json.dumps(renewed).encode()
         assert credentials.get_frozen_credentials() == first
         credentials._expiry_time = datetime.now(UTC) + timedelta(minutes=5)
@@ -353,8 +386,21 @@ def test_a_metadata_service_that_is_not_there(enclave: Enclave) -> None:
     enclave.place(enclave.encrypt())
     way = ["--vsock", f"3:{enclave.world.port}", "--imds-vsock", "3:1"]
     run = attestor(enclave, "decrypt", "--any-key", *way, "blob", "out", environment=BARE)
-    assert (run.status, run.error) == (5, "metadata service at vsock 3:1 cannot be reached: Connection refused")
-    run = attestor(enclave, "decrypt", "--any-key", "--region", "eu-west-1", *way, "blob", "out", environment=BARE)
+    assert (run.status, run.error) == (
+        5,
+        "metadata service at vsock 3:1 cannot be reached: Connection refused",
+    )
+    run = attestor(
+        enclave,
+        "decrypt",
+        "--any-key",
+        "--region",
+        "eu-west-1",
+        *way,
+        "blob",
+        "out",
+        environment=BARE,
+    )
     assert run.status == 5
     assert "Error retrieving metadata" in run.error
     assert enclave.files() == {"blob"}

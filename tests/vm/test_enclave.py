@@ -1,8 +1,10 @@
-"""The image's own root and entrypoint, in a kernel with a real character device and a real vsock: `make vm-test`.
+"""The image's own root and entrypoint, in a kernel with a real character device and a real vsock:
+`make vm-test`.
 
-The guest's root is the image (tests/vm/init); these tests run in the parent's root beside it. An enclave is that root
-behind an overlay, in namespaces of its own: no network but the loopback, which is down, and vsock to the parent, here
-CID 1. The program is the one that the user's image of tests/vm/Dockerfile names.
+The guest's root is the image (tests/vm/init); these tests run in the parent's root beside it. An
+enclave is that root behind an overlay, in namespaces of its own: no network but the loopback, which
+is down, and vsock to the parent, here CID 1. The program is the one that the user's image of
+tests/vm/Dockerfile names.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ pytestmark = pytest.mark.vm
 IMAGE: Final = Path("/enclave")
 CGROUPS: Final = Path("/sys/fs/cgroup")
 KEY: Final = b"a key of twenty bytes"
-LARGE: Final = bytes(range(256)) * 400  # above KMS's 4096 bytes: a message of the AWS Encryption SDK
+LARGE: Final = (
+    bytes(range(256)) * 400
+)  # above KMS's 4096 bytes: a message of the AWS Encryption SDK
 CONFIG: Final = b"[server]\nport = 80\n"
 SOCAT: Final = (IMAGE / "usr/bin/socat").exists()
 NETWORK: Final = "socat" if SOCAT else "vsock"
@@ -68,7 +72,9 @@ world_readable = true
 
 @dataclass
 class Console:
-    """What an enclave said, line by line with the seconds since its start; its exit status; the peak of its memory."""
+    """What an enclave said, line by line with the seconds since its start; its exit status; the
+    peak of its memory.
+    """
 
     lines: list[tuple[float, str]] = field(default_factory=list)
     status: int = -1
@@ -88,7 +94,9 @@ class Console:
 
 
 class Machine:
-    """The parent: nitrosim with the device, the metadata service and vsock; and enclaves of the image."""
+    """The parent: nitrosim with the device, the metadata service and vsock; and enclaves of the
+    image.
+    """
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
@@ -96,13 +104,19 @@ class Machine:
         self._count = 0
 
     def manifest(self, key_id: str | None = None) -> str:
-        return MANIFEST.format(key_id=key_id or self.world.kms.key_arn, sha256=hashlib.sha256(CONFIG).hexdigest())
+        return MANIFEST.format(
+            key_id=key_id or self.world.kms.key_arn, sha256=hashlib.sha256(CONFIG).hexdigest()
+        )
 
     def status_lines(self, since: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.world.status_lines[since:]]
 
-    def enclave(self, *command: str, manifest: str | None = None, library: bool = True, **settings: str) -> Console:
-        """Run a command of the image, its own by default, in a new enclave with these settings in its file."""
+    def enclave(
+        self, *command: str, manifest: str | None = None, library: bool = True, **settings: str
+    ) -> Console:
+        """Run a command of the image, its own by default, in a new enclave with these settings in
+        its file.
+        """
         with self._root() as root:
             (root / "etc/attestor/manifest.toml").write_text(manifest or self.manifest())
             (root / "etc/attestor/aws-roots.pem").write_bytes(
@@ -140,7 +154,8 @@ class Machine:
         group.mkdir()
         variables = (ROOT / "vm-environment").read_text().split("\n")
         inside = (
-            f"echo 0 >{group}/cgroup.procs && mount -t proc proc {root}/proc && mount --rbind /dev {root}/dev && "
+            f"echo 0 >{group}/cgroup.procs && mount -t proc proc {root}/proc && mount --rbind "
+            f"/dev {root}/dev && "
             f'exec chroot {root} /usr/bin/env -i "$@"'
         )
         names = [
@@ -193,7 +208,9 @@ def file_line(name: str, mode: str, owner: str, data: bytes) -> str:
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["library", "device"])
-def test_secrets_reach_the_program(machine: Machine, library: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_reach_the_program(
+    machine: Machine, library: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = len(machine.world.status_lines)
     console = machine.enclave(library=library)
     assert console.status == 42, "the program's own status"
@@ -203,12 +220,19 @@ def test_secrets_reach_the_program(machine: Machine, library: bool, capsys: pyte
         file_line("large", "400", "1000:1000", LARGE),
         file_line("config", "444", "0:0", CONFIG),
     ]
-    assert console.said("program: read ") == console.said("program: listed ") == console.said("program: secret ") == []
+    assert (
+        console.said("program: read ")
+        == console.said("program: listed ")
+        == console.said("program: secret ")
+        == []
+    )
     assert console.said("program: node ") == ["3"]
     privileges = dict(line.split(":\t") for line in console.said("program: ") if ":\t" in line)
     assert privileges.pop("NoNewPrivs") == "1"
     assert set(privileges.values()) == {"0" * 16}
-    assert not {name for name in console.said("program: variable ") if "KEY" in name or "TOKEN" in name}
+    assert not {
+        name for name in console.said("program: variable ") if "KEY" in name or "TOKEN" in name
+    }
     told(machine, before, console)
     with capsys.disabled():
         report(console, f"{NETWORK}, {'patched library' if library else 'bare device'}")
@@ -227,16 +251,24 @@ def told(machine: Machine, before: int, console: Console) -> None:
     assert inject["pcrs"]["0"] == machine.world.module.pcrs[0].hex()
     text = "\n".join(machine.world.status_lines)
     credentials = machine.world.kms.credentials
-    assert not {word for word in (KEY.decode(), credentials.secret_key, credentials.token) if word in text}
+    assert not {
+        word for word in (KEY.decode(), credentials.secret_key, credentials.token) if word in text
+    }
 
 
 def report(console: Console, what: str) -> None:
     booted = float((IMAGE / ".booted").read_text())
     secrets = console.when("entrypoint: inject: ok")
-    root = int(subprocess.run(["du", "-smx", str(IMAGE)], capture_output=True, text=True, check=True).stdout.split()[0])
+    root = int(
+        subprocess.run(
+            ["du", "-smx", str(IMAGE)], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
+    )
     print(
-        f"\nvm-test: {what}: kernel start to first process {booted:.1f} s, from there to secrets in place "
-        f"{secrets:.1f} s, together {booted + secrets:.1f} s; peak memory {console.peak / 2**20:.0f} MiB "
+        f"\nvm-test: {what}: kernel start to first process {booted:.1f} s, from there to secrets "
+        "in place "
+        f"{secrets:.1f} s, together {booted + secrets:.1f} s; peak memory "
+        f"{console.peak / 2**20:.0f} MiB "
         f"beside a root of {root} MiB"
     )
 
@@ -259,7 +291,9 @@ def test_a_wrong_pcr_stops_the_enclave(machine: Machine) -> None:
     """A key whose policy wants another image: status 4, at once, and no program."""
     policy = default_policy(machine.world.kms.principal, bytes.fromhex("ab" * 48))
     key_id = machine.operator.kms.create_key(Policy=policy)["KeyMetadata"]["Arn"]
-    blob = machine.operator.kms.encrypt(KeyId=key_id, Plaintext=KEY, EncryptionContext={"node": "3"})["CiphertextBlob"]
+    blob = machine.operator.kms.encrypt(
+        KeyId=key_id, Plaintext=KEY, EncryptionContext={"node": "3"}
+    )["CiphertextBlob"]
     objects: Mapping[str, bytes] = dict(machine.world.store.objects)
     machine.world.store.objects["bucket/node-3/key.enc"] = blob
     before = len(machine.world.status_lines)
@@ -291,15 +325,24 @@ def test_a_missing_tag_stops_the_enclave(machine: Machine) -> None:
     console = machine.enclave(ATTESTOR_NODE_TAG="no-such-tag")
     assert console.status == 4, console.text
     assert "--instance-metadata-tags enabled" in console.text
-    assert [line["step"] for line in machine.status_lines(before)] == ["network", "module", "region", "node"]
+    assert [line["step"] for line in machine.status_lines(before)] == [
+        "network",
+        "module",
+        "region",
+        "node",
+    ]
 
 
 def test_what_the_image_holds() -> None:
-    """No setuid file, history, compiler or installer; nothing that only root of the image could have left."""
+    """No setuid file, history, compiler or installer; nothing that only root of the image could
+    have left.
+    """
     found = [Path(folder, name) for folder, _, names in _image() for name in names]
     assert len(found) > 1000
     assert [path for path in found if not path.is_symlink() and path.stat().st_mode & 0o6000] == []
-    names = {path.name for path in found if not path.is_symlink()}  # links are busybox's: its su is not setuid
+    names = {
+        path.name for path in found if not path.is_symlink()
+    }  # links are busybox's: its su is not setuid
     assert not names & {
         "pip",
         "pip3",
@@ -323,5 +366,9 @@ def test_what_the_image_holds() -> None:
 def _image() -> Iterator[tuple[str, list[str], list[str]]]:
     device = IMAGE.stat().st_dev
     for folder, folders, names in os.walk(IMAGE):
-        folders[:] = [one for one in folders if Path(folder, one).lstat().st_dev == device and one != ".modules"]
+        folders[:] = [
+            one
+            for one in folders
+            if Path(folder, one).lstat().st_dev == device and one != ".modules"
+        ]
         yield folder, folders, names
