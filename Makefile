@@ -2,7 +2,9 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+ROOMS := attestor_commands attestor_io keypolicy nitrosim nsm
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
@@ -13,7 +15,7 @@ help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
 	@echo 'make test    run all tests'
 	@echo 'make coverage  the same, with branch coverage'
-	@echo 'make lint    ruff, mypy --strict and, where it is installed, shellcheck'
+	@echo 'make lint    ruff, mypy --strict, import-linter and, where it is installed, shellcheck'
 	@echo 'make bench   compare with a plain boto3 script'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
@@ -21,8 +23,10 @@ help:
 	@echo 'make lock    renew requirements/ (needs uv)'
 	@echo 'make clean   remove what was built'
 
-demo: $(READY) transport
+demo: $(DEMO_READY) transport
 	@PATH="$(abspath $(BIN)):$$PATH" nitrosim/demo.sh
+	@echo 'to have attestor and nitrosim on the PATH of this shell:'
+	@echo '    export PATH="$(abspath $(BIN)):$$PATH"'
 
 test: $(READY) transport
 	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
@@ -37,8 +41,14 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@rm -rf $(IMPORTS) && mkdir -p $(IMPORTS)/attestor && ln -s $(abspath attestor.py) $(IMPORTS)/attestor/__init__.py
+	@for room in $(ROOMS); do ln -s "$(CURDIR)/$$room" $(IMPORTS)/; done
+	cd $(IMPORTS) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(abspath pyproject.toml)
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck --external-sources $(SCRIPTS); \
 	else echo 'shellcheck is not installed: scripts are not checked'; fi
+
+# import-linter reads packages alone: in this folder the script is one
+IMPORTS := .cache/imports
 
 SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/vm/run tests/vm/init tests/vm/program \
 	$(addprefix enclave/,assemble build-image buildah.sh entrypoint.sh) \
@@ -49,9 +59,9 @@ bench: $(READY) transport
 
 # With cargo on the path the patched library is built and used; without it, /dev/nsm is used directly.
 .PHONY: transport
-transport: $(READY)
+transport: $(DEMO_READY)
 	@if ! command -v cargo >/dev/null; then echo 'transport: /dev/nsm directly, since cargo is not installed'; \
-	elif patches/build-libnsm; then echo 'transport: the patched library, nsm/libnsm.so'; \
+	elif echo 'building nsm/libnsm.so where it is not up to date: some ten seconds' && patches/build-libnsm; then echo 'transport: the patched library, nsm/libnsm.so'; \
 	else echo 'transport: /dev/nsm directly, since libnsm.so cannot be built (see above)'; fi
 
 libnsm:
@@ -64,22 +74,33 @@ image:
 vm-test:
 	tests/vm/run
 
+# UPGRADE= keeps the versions that are locked already
+UPGRADE ?= --upgrade
 lock:
-	@for lock in run: esdk:esdk sim:sim dev:sim,esdk,dev; do \
+	@for lock in run: build:build esdk:esdk sim:sim dev:build,sim,esdk,dev; do \
 		set -- "$${lock%%:*}" $$(echo "$${lock#*:}" | tr ',' ' '); name=$$1; shift; \
 		uv pip compile pyproject.toml $$(for extra; do echo "--extra $$extra"; done) --universal \
-			--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --upgrade \
+			--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links $(UPGRADE) \
 			--custom-compile-command 'make lock' --quiet --output-file "requirements/$$name.txt"; \
 	done
 
-$(READY): requirements/dev.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# What the demonstration runs, and nothing of a developer's tools
+$(DEMO_READY): requirements/sim.txt requirements/build.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is missing; on Debian: apt-get install python3 python3-venv' >&2; exit 1; }
 	@command -v $(firstword $(CC)) >/dev/null || { echo 'a C compiler is missing; on Debian: apt-get install gcc libc6-dev' >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo 'the venv module of Python is missing; on Debian: apt-get install python3-venv' >&2; exit 1; }
-	@echo 'setting up $(VENV): takes a minute, once'
+	@echo 'setting up $(VENV): some ten seconds, once'
 	@"$(PYTHON)" -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo 'installing what the demonstration needs into it (requirements/sim.txt): some twenty seconds, once'
+	@$(INSTALL) --require-hashes -r requirements/sim.txt -r requirements/build.txt
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(READY): requirements/dev.txt $(DEMO_READY)
+	@echo 'installing what tests and lint need (requirements/dev.txt): a minute at most, once'
+	@$(INSTALL) --require-hashes -r requirements/dev.txt
 	@touch $@
 
 clean:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
+from nitrosim import missing_package
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -37,6 +39,8 @@ class _Cli(click.Group):
             sys.exit(2)
         except click.ClickException as error:
             _fail(error.format_message().rstrip("."), error.exit_code)
+        except ModuleNotFoundError as error:
+            _fail(missing_package(error), 2)
         except click.Abort:
             sys.exit(128 + signal.SIGINT)
         except OSError as error:
@@ -190,9 +194,9 @@ def _world(
     no_instance_tags: bool = False,
     **options: Any,
 ) -> Iterator[Any]:
+    from keypolicy import PolicyError
     from nitrosim.device import SimulatorError
     from nitrosim.world import World
-    from nsm.policy import PolicyError
 
     with contextlib.ExitStack() as stack:
         try:

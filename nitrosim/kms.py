@@ -31,6 +31,7 @@ from moto.utilities.utils import get_partition
 from werkzeug.http import http_date
 from werkzeug.wrappers import Request, Response
 
+import keypolicy
 from nitrosim import kms_faults
 from nitrosim.envelope import FORMS, seal
 from nitrosim.kms_keys import OAEP, SYMMETRIC, Keys
@@ -45,7 +46,6 @@ from nitrosim.kms_wire import (
     invalid,
 )
 from nitrosim.module import DEFAULT_PCRS
-from nsm import policy
 from nsm.document import AttestationDocument, DocumentError, Expectations, verify
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class AttestedKms:
 
     `nsm_root_sha256` is the root that attestation documents must lead to. `pcr0` is what the key's
     policy asks for; `key_policy` replaces that policy as it stands, without a lockout check, and
-    raises `nsm.policy.PolicyError` if it is none. `principal` is whom `credentials` belong to, by
+    raises `keypolicy.PolicyError` if it is none. `principal` is whom `credentials` belong to, by
     default a session of a role in the account. `envelope` is one of `nitrosim.envelope.FORMS`,
     `fault` one of FAULTS: ValueError for others.
     """
@@ -154,7 +154,7 @@ class AttestedKms:
         self._keys = Keys(region, account)
         self._operations = Operations(self._keys)
         text = key_policy if key_policy is not None else default_policy(self.principal, pcr0)
-        policy.Policy.parse(text)
+        keypolicy.Policy.parse(text)
         self.key_arn: str = self._keys.create(text, ALIAS, "nitrosim").arn
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -250,7 +250,7 @@ class AttestedKms:
         parameters: Parameters,
         recipient: _Recipient | None,
     ) -> None:
-        asked = policy.Request(
+        asked = keypolicy.Request(
             principal=self.principal,
             action=action,
             resource=key.arn,
@@ -258,9 +258,9 @@ class AttestedKms:
             context=context,
             keys=_condition_keys(key, parameters),
         )
-        found = policy.evaluate(policy.Policy.parse(key.policy), asked)
+        found = keypolicy.evaluate(keypolicy.Policy.parse(key.policy), asked)
         own = key.arn.split(":")[4] == self.principal.split(":")[4]
-        if found.decision is policy.Decision.ALLOWED or (found.delegated and own):
+        if found.decision is keypolicy.Decision.ALLOWED or (found.delegated and own):
             return
         explicit = any(
             part.applies and part.statement.effect == "Deny" for part in found.statements
@@ -286,7 +286,7 @@ def default_policy(principal: str, pcr0: bytes) -> str:
     """
     role = role_of(principal)
     partition, account = role.split(":")[1], role.split(":")[4]
-    attested = {"StringEqualsIgnoreCase": {f"{policy.ATTESTATION}PCR0": pcr0.hex()}}
+    attested = {"StringEqualsIgnoreCase": {f"{keypolicy.ATTESTATION}PCR0": pcr0.hex()}}
     administrator = f"arn:{partition}:iam::{account}:role/{ADMINISTRATOR}"
     return json.dumps(
         {
@@ -323,8 +323,8 @@ def role_of(principal: str) -> str:
 
 def _check_policy(text: str) -> None:
     try:
-        policy.Policy.parse(text)
-    except policy.PolicyError as error:
+        keypolicy.Policy.parse(text)
+    except keypolicy.PolicyError as error:
         raise KmsError("MalformedPolicyDocumentException", str(error)) from error
 
 

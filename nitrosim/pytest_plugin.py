@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from nitrosim import missing_package
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -23,8 +25,10 @@ def nitrosim_world() -> Iterator[World]:
     """The simulated enclave and KMS, with keys and certificates of their own; see
     `nitrosim.world.World`.
     """
-    from nitrosim.world import World
-
+    try:
+        from nitrosim.world import World
+    except ModuleNotFoundError as error:
+        pytest.fail(missing_package(error), pytrace=False)
     with World() as world:
         yield world
 
@@ -59,7 +63,7 @@ def nitrosim_nsm(nitrosim_world: World, monkeypatch: pytest.MonkeyPatch) -> Soft
             """There is nothing to give back."""
 
     monkeypatch.setattr(nsm, "_find_transport", InProcess)
-    attestor._forget_recipient()  # it may be of an enclave before this one
+    attestor.forget_recipient()  # it may be of an enclave before this one
     return module
 
 

@@ -38,8 +38,8 @@ OPEN_POLICY: Final = """{"Version": "2012-10-17", "Statement": [
     {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "kms:*", "Resource": "*"}]}"""
 ENCRYPT: Final = """
 import boto3
-blob = boto3.client("kms").encrypt(KeyId="alias/nitrosim", Plaintext=b"the secret")["CiphertextBlob"]
-open("blob", "wb").write(blob)
+answer = boto3.client("kms").encrypt(KeyId="alias/nitrosim", Plaintext=b"the secret")
+open("blob", "wb").write(answer["CiphertextBlob"])
 """
 PLAIN: Final = """
 import boto3
@@ -92,7 +92,7 @@ def compare_verification() -> None:
 
 
 def signatures_of(document: AttestationDocument) -> list[Signature]:
-    """Key, signature and what is signed: of the document, and of each certificate below the root."""
+    """Key, signature and what is signed: of the document, and each certificate below the root."""
     import cbor2
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
@@ -143,13 +143,11 @@ def compare(
     theirs_in: Mapping[str, str] | None = None,
 ) -> None:
     """Run both in turn and print medians and their ratio."""
-    pairs = [(measure(ours), measure(theirs, theirs_in)) for _ in range(PAIRS + 1)][
-        1:
-    ]  # the first one warms up
+    pairs = [(measure(ours), measure(theirs, theirs_in)) for _ in range(PAIRS + 1)]
+    pairs = pairs[1:]  # the first one warms up
     print(f"{title}, medians of {PAIRS} pairs")  # noqa: T201
-    for index, (name, unit) in enumerate(
-        (("wall time", "ms"), ("CPU time", "ms"), ("peak memory", "MiB"))
-    ):
+    units = (("wall time", "ms"), ("CPU time", "ms"), ("peak memory", "MiB"))
+    for index, (name, unit) in enumerate(units):
         our, their = (statistics.median(pair[side][index] for pair in pairs) for side in (0, 1))
         print(f"  {name:12} {our:7.1f} / {their:7.1f} {unit:4} ratio {our / their:.3f}")  # noqa: T201
 

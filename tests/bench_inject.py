@@ -1,8 +1,8 @@
-"""The part of `make bench` about many secrets and long messages; `tests.bench` calls it inside its
-simulator.
+"""The part of `make bench` about many secrets and long messages.
 
-Figures are of whole processes, as the kernel accounts for them. What each additional secret costs
-is the difference between runs with many and with few of them, so that starting up cancels out.
+`tests.bench` calls it inside its simulator. Figures are of whole processes, as the kernel accounts
+for them. What each additional secret costs is the difference between runs with many and with few of
+them, so that starting up cancels out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ ENCRYPT: Final = """
 import boto3, sys
 kms = boto3.client("kms")
 for number in range(int(sys.argv[1])):
-    answer = kms.encrypt(KeyId="alias/nitrosim", Plaintext=b"the secret", EncryptionContext={"n": str(number)})
+    context = {"n": str(number)}
+    answer = kms.encrypt(
+        KeyId="alias/nitrosim", Plaintext=b"the secret", EncryptionContext=context
+    )
     open(f"{number}.enc", "wb").write(answer["CiphertextBlob"])
 print(answer["KeyId"])
 """
@@ -76,9 +79,7 @@ def inject(measure: Measure, count: int) -> tuple[float, float, float]:
 
 
 def compare_with_a_loop(measure: Measure) -> None:
-    """CPU time of each additional secret, against a loop with boto3 alone; both in turn, for
-    machines drift.
-    """
+    """CPU time of each additional secret, against a boto3 loop; in turn, for machines drift."""
     Path("plain.py").write_text(PLAIN, encoding="utf-8")
     pairs = [
         (
@@ -90,16 +91,12 @@ def compare_with_a_loop(measure: Measure) -> None:
     ours, theirs = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
     ratio = statistics.median(our / their for our, their in pairs)
     print(f"CPU time of an additional secret, inject / boto3 loop, medians of {PAIRS} pairs")  # noqa: T201
-    print(
-        f"  CPU time     {ours:7.2f} / {theirs:7.2f} ms   ratio {ratio:.3f}, RSA alone "
-        f"{rsa():.2f} ms"
-    )  # noqa: T201
+    times = f"{ours:7.2f} / {theirs:7.2f} ms"
+    print(f"  CPU time     {times}   ratio {ratio:.3f}, RSA alone {rsa():.2f} ms")  # noqa: T201
 
 
 def additional(cost: Callable[[int], float]) -> float:
-    """What one secret more costs: starting up, and making a key, which takes its time by chance,
-    cancel out.
-    """
+    """What one secret more costs: start-up, and the luck of making a key, cancel out."""
     few = cost(FEW)
     return (cost(MANY) - few) / (MANY - FEW)
 

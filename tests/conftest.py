@@ -140,9 +140,7 @@ def vectors() -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With ATTESTOR_NO_SKIPS set, a skipped test is a failure: that is how .ci/run keeps checks
-    from vanishing.
-    """
+    """With ATTESTOR_NO_SKIPS set, a skip is a failure: so .ci/run keeps checks from vanishing."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("ATTESTOR_NO_SKIPS") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("ATTESTOR_NO_SKIPS is set, but tests were skipped", red=True)

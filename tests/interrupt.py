@@ -1,5 +1,6 @@
-"""Run attestor with a signal, or an error, in the middle of writing: interrupt.py POINT WHAT
-ARGUMENT...
+"""Run attestor with a signal, or an error, in the middle of writing.
+
+    interrupt.py POINT WHAT ARGUMENT...
 
 POINT is the function of `os` that is about to be called, "fsync-folder" the second fsync; WHAT is a
 signal's name, the name of an errno, or SIGINT+SIGTERM for a second signal while the first cleans
@@ -15,6 +16,7 @@ import sys
 from typing import Any
 
 import attestor
+from attestor_io import secret_file
 
 
 def main() -> None:
@@ -46,13 +48,13 @@ def main() -> None:
         os.kill(os.getpid(), signal.Signals[first])
         return original(*args, **kwargs)
 
-    write = attestor.SecretFile.write
+    write = secret_file.SecretFile.write
 
-    def armed(self: attestor.SecretFile, secret: bytes) -> None:
+    def armed(self: secret_file.SecretFile, secret: bytes) -> None:
         setattr(os, point, interrupted)
         write(self, secret)
 
-    attestor.SecretFile.write = armed  # type: ignore[method-assign]  # the point of this program
+    secret_file.SecretFile.write = armed  # type: ignore[method-assign]  # the point of this program
     sys.argv[1:] = arguments
     attestor.main()
 

@@ -33,15 +33,15 @@ def python(enclave: Enclave, program: str, environment: dict[str, str | None] | 
 def error_of(enclave: Enclave, statement: str) -> list[str]:
     """The class and the message of the error that a statement ends with."""
     program = (
-        f"try:\n    {statement}\nexcept Exception as error:\n    "
-        "show([type(error).__name__, str(error)])"
+        f"try:\n    {statement}\n"
+        "except Exception as error:\n    show([type(error).__name__, str(error)])"
     )
     shown: list[str] = python(enclave, program)
     return shown
 
 
-def test_the_program_in_the_readme(enclave: Enclave) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_program_in_the_documents(enclave: Enclave) -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(import attestor.*?)```", text, re.DOTALL)
     assert len(program.splitlines()) <= 10
     enclave.place(enclave.encrypt(b"the secret", node="3"), "secret.enc")
@@ -88,9 +88,9 @@ plain = boto3.client("kms")
 key_id = plain.create_key(KeySpec="ECC_NIST_P256", KeyUsage="KEY_AGREEMENT")["KeyMetadata"]["Arn"]
 peer = ec.generate_private_key(ec.SECP256R1())
 spki = peer.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-ours = kms.derive_shared_secret(KeyId=key_id, KeyAgreementAlgorithm="ECDH", PublicKey=spki)["SharedSecret"]
-theirs = peer.exchange(ec.ECDH(), load_der_public_key(plain.get_public_key(KeyId=key_id)["PublicKey"]))
-show([ours, theirs])
+answer = kms.derive_shared_secret(KeyId=key_id, KeyAgreementAlgorithm="ECDH", PublicKey=spki)
+public_key = load_der_public_key(plain.get_public_key(KeyId=key_id)["PublicKey"])
+show([answer["SharedSecret"], peer.exchange(ec.ECDH(), public_key)])
 """,
     )
     assert ours == theirs
@@ -235,7 +235,7 @@ def test_a_fork_right_after_attested_is_safe(enclave: Enclave) -> None:
 import attestor, boto3, os
 statuses = []
 for _ in range(5):
-    attestor._forget_recipient()
+    attestor.forget_recipient()
     kms = attestor.attested(boto3.client("kms"))
     if (child := os.fork()) == 0:
         os._exit(len(kms.generate_random(NumberOfBytes=8)["Plaintext"]))
@@ -259,7 +259,8 @@ def test_threads_share_one_client(enclave: Enclave) -> None:
 from concurrent.futures import ThreadPoolExecutor
 blob = open("blob", "rb").read()
 with ThreadPoolExecutor(8) as pool:
-    show(sorted({a["Plaintext"] for a in pool.map(lambda _: kms.decrypt(CiphertextBlob=blob), range(32))}))
+    answers = pool.map(lambda _: kms.decrypt(CiphertextBlob=blob), range(32))
+    show(sorted({answer["Plaintext"] for answer in answers}))
 """,
     )
     assert [bytes.fromhex(value) for value in shown] == [b"the secret"]
@@ -270,7 +271,7 @@ def test_a_module_that_comes_back_is_asked_again(enclave: Enclave) -> None:
         enclave,
         """
 import nsm.device
-attestor._forget_recipient()
+attestor.forget_recipient()
 kinds = []
 for path in ("/nowhere", "/dev/nsm"):
     nsm.device.Device.__init__.__defaults__ = (path,)

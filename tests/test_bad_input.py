@@ -199,6 +199,29 @@ def test_a_ca_bundle_that_is_not_there(enclave: Enclave) -> None:
 # -- the module
 
 
+def test_a_variable_for_completion_makes_nothing_look_done(enclave: Enclave) -> None:
+    """click would print a script and exit with 0: only a call without arguments may ask for it."""
+    asked: dict[str, str | None] = {"_ATTESTOR_COMPLETE": "bash_source"}
+    enclave.place(enclave.encrypt())
+    run = enclave.decrypt(environment=asked)
+    assert (run.status, run.out, run.err) == (0, b"", "")
+    assert (enclave.folder / "out").read_bytes() == b"the secret"
+    assert b"complete" in enclave.attestor(environment=asked).out
+
+
+def test_data_of_the_sdk_comes_from_nowhere_else(enclave: Enclave) -> None:
+    """~/.aws/models could lead the name of KMS to another host, past --endpoint-url even."""
+    enclave.place(enclave.encrypt())
+    models = enclave.folder / "home" / ".aws" / "models"
+    models.mkdir(parents=True)
+    (models / "partitions.json").write_text("{", encoding="utf-8")
+    (models / "endpoints.json").write_text("{", encoding="utf-8")
+    home = str(enclave.folder / "home")
+    assert enclave.decrypt(environment={"HOME": home}).status == 0
+    (enclave.folder / "out").unlink()
+    assert enclave.decrypt(environment={"AWS_DATA_PATH": str(models)}).status == 0
+
+
 def test_outside_an_enclave(enclave: Enclave) -> None:
     enclave.place(BLOB)
     run = enclave.decrypt(environment={"LD_PRELOAD": None, "AWS_ACCESS_KEY_ID": None})
@@ -270,12 +293,12 @@ def test_credentials_with_odd_characters_are_refused_and_not_repeated(
         '{"AccessKeyId": 1, "SecretAccessKey": "a-secret", "Token": "a-secret"}',
         '{"AccessKeyId": "A", "SecretAccessKey": 1, "Token": "a-secret"}',
         (
-            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": '
-            '"99999999999-01-01"}'
+            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", '
+            '"Expiration": "99999999999-01-01"}'
         ),
         (
-            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", "Expiration": '
-            '"soon"}'
+            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", '
+            '"Expiration": "soon"}'
         ),
         '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret\\nX: y"}',
     ],

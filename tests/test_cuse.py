@@ -1,6 +1,4 @@
-"""The software NSM as a device of the kernel: the protocol against a kernel of our own, and the
-real one in a VM.
-"""
+"""The software NSM as a device: the protocol against a kernel of our own, the real one in a VM."""
 
 from __future__ import annotations
 
@@ -73,9 +71,7 @@ def opened(answer: bytes | None) -> tuple[int, int, bytes]:
 
 
 class Kernel:
-    """What fs/fuse/ioctl.c does with an ioctl, on a memory of its own: pieces of bytes by their
-    addresses.
-    """
+    """What fs/fuse/ioctl.c does with an ioctl, on a memory of its own: bytes by their addresses."""
 
     def __init__(self, dialogue: Dialogue, memory: dict[int, bytearray]) -> None:
         self.dialogue = dialogue
@@ -241,10 +237,8 @@ OTHERS: Final = {
     cuse.READ: (errno.EINVAL, b""),
     cuse.WRITE: (errno.EINVAL, b""),
 }
-UNKNOWN: Final = (
-    errno.ENOSYS,
-    b"",
-)  # 40 is poll, which the kernel then answers as for a device without it
+# 40 is poll, which the kernel then answers as for a device without it
+UNKNOWN: Final = (errno.ENOSYS, b"")
 SPECIAL: Final = {cuse.FORGET, cuse.BATCH_FORGET, cuse.INTERRUPT, cuse.IOCTL, cuse.CUSE_INIT}
 
 
@@ -278,9 +272,7 @@ WHOLE: Final = {
 
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
 def test_messages_that_are_cut_short(whole: bytes) -> None:
-    """A message shorter than it says is none; one whose arguments are too short for its opcode is
-    EINVAL.
-    """
+    """A message shorter than it says is none; arguments too short for their opcode are EINVAL."""
     module = Answers()
     for end in range(len(whole)):
         assert Dialogue(module, "nsm").receive(whole[:end]) is None
@@ -306,9 +298,7 @@ def test_lengths_that_contradict_the_message(in_size: int) -> None:
 
 @given(st.sampled_from(sorted(WHOLE)), st.data())
 def test_damaged_messages(name: str, data: st.DataObject) -> None:
-    """Whatever comes, the reply is one or none, and never longer than the room that the kernel has
-    for it.
-    """
+    """Whatever comes, the reply is one or none, and never longer than the kernel has room for."""
     damaged = bytearray(WHOLE[name])
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(4, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -395,9 +385,8 @@ def test_who_waits_at_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         with fake.make():
             fake.kernel.recv(4096)
             fake.kernel.send(waiting(2))
-            assert (
-                fake.ask(message(cuse.OPEN, bytes(8), 4))[1] == 4
-            )  # the other has been read before
+            # the other has been read before
+            assert fake.ask(message(cuse.OPEN, bytes(8), 4))[1] == 4
         assert opened(fake.kernel.recv(4096)) == (errno.EIO, 2, b"")
 
 
@@ -469,7 +458,7 @@ def test_serve_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_what_a_container_is_told(enclave: Enclave) -> None:
-    """Any image can be in the world of a real device; the shim and its socket are not needed there."""
+    """Any image can be in the world of a real device; shim and socket are not needed there."""
     environment = {"AWS_REGION": "eu-west-1"}
     for device, option in (("/dev/nsm", "/dev/nsm"), ("/dev/nsm-two", "/dev/nsm-two:/dev/nsm")):
         world = SimpleNamespace(folder=enclave.world.folder, device=Path(device))

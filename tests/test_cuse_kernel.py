@@ -66,7 +66,8 @@ def test_every_operation(device: CuseDevice, module: SoftwareNsm, transport: str
         import nsm, nsm.device, nsm.library
         chosen = nsm.device.Device() if {transport!r} == "device" else None
         with nsm.Nsm(chosen) as module:
-            found = [type(module._transport).__name__, module.describe().max_pcrs, module.describe_pcr(16).locked]
+            found = [type(module._transport).__name__, module.describe().max_pcrs]
+            found += [module.describe_pcr(16).locked]
             found += [module.extend_pcr(16, b"x").hex(), module.lock_pcr(16), module.lock_pcrs(20)]
             found += [list(module.describe().locked_pcrs)[-1], len(module.random(300))]
             found += [module.attest(nonce=b"n").hex()]
@@ -102,7 +103,8 @@ def test_the_node(device: CuseDevice) -> None:
 def test_answer_and_its_length() -> None:
     code = """
         found = [ask(fd, b"question", room) for room in (12288, 6, 5, 0, 2**64 - 1)]
-        print(json.dumps([(outcome, length, answer[:7].hex()) for outcome, length, answer in found]))
+        shown = [(outcome, length, answer[:7].hex()) for outcome, length, answer in found]
+        print(json.dumps(shown))
     """
     whole = ["done", 6, b"answer\xee".hex()]
     cut = [["done", 5, b"answe\xee\xee".hex()], ["done", 0, (b"\xee" * 7).hex()]]
@@ -114,7 +116,8 @@ def test_answer_and_its_length() -> None:
 def test_sizes_at_their_limits() -> None:
     code = """
         found = [ask(fd, bytes(size)) for size in (4096, 4097, 0)]
-        print(json.dumps([(outcome, length, answer == b"\\x11" * 12288) for outcome, length, answer in found]))
+        whole = b"\\x11" * 12288
+        print(json.dumps([(outcome, length, answer == whole) for outcome, length, answer in found]))
     """
     refused = [["EMSGSIZE", 12288, False], ["EINVAL", 12288, False]]
     assert in_enclave(Answers(b"\x11" * 12288), code) == [["done", 12288, True], *refused]
@@ -129,7 +132,8 @@ def test_bad_pointers() -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         read_only = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, flags, -1, 0)
         raws = [Raw(8, 8, address, 64), Raw(address, 8, 8, 64), Raw(address, 8, read_only, 64)]
-        raws += [Raw(2**64 - 4, 8, address, 64), Raw(address, 8, 2**64 - 4, 64), Raw(0, 4096, 0, 2**64 - 1)]
+        raws += [Raw(2**64 - 4, 8, address, 64), Raw(address, 8, 2**64 - 4, 64)]
+        raws += [Raw(0, 4096, 0, 2**64 - 1)]
         found = [ioctl(fd, COMMAND, ctypes.byref(raw)) for raw in raws]
         found += [ioctl(fd, COMMAND, ctypes.c_void_p(bad)) for bad in (0, 8, 2**64 - 8, 2**63)]
         found += [ioctl(fd, COMMAND, ctypes.c_void_p(read_only))]
@@ -152,7 +156,8 @@ def test_everything_but_the_ioctl() -> None:
         poll = select.poll()
         poll.register(fd)
         found = [ioctl(fd, command, space) for command in (0xC0200A01, 0xC0100A00, 0x5401)]
-        found += [refused(os.read, fd, 10), refused(os.write, fd, b"x"), refused(os.fsync, fd), os.isatty(fd)]
+        found += [refused(os.read, fd, 10), refused(os.write, fd, b"x"), refused(os.fsync, fd)]
+        found += [os.isatty(fd)]
         print(json.dumps([*found, poll.poll(0)[0][1] & (select.POLLIN | select.POLLOUT)]))
     """
     assert in_enclave(Answers(), code) == [*["EINVAL"] * 6, False, 5]
@@ -165,10 +170,10 @@ def test_a_module_that_hangs_up() -> None:
 def test_after_fork_dup_and_exec_and_in_threads() -> None:
     asked = Answers()
     child = (
-        "from nsm.device import Device; d = Device.__new__(Device); d._fd = "
-        "int(__import__('sys').argv[1]);"
+        "from nsm.device import Device; d = Device.__new__(Device); "
+        "d._fd = int(__import__('sys').argv[1]);"
+        "print(d._exchange('x', b'exec'))"
     )
-    child += "print(d._exchange('x', b'exec'))"
     code = f"""
         pid = os.fork()
         if pid == 0:
@@ -178,9 +183,11 @@ def test_after_fork_dup_and_exec_and_in_threads() -> None:
         fd = os.open("/dev/nsm", os.O_RDWR)
         os.set_inheritable(fd, True)
         command = [sys.executable, "-c", {child!r}, str(fd)]
-        found.append(subprocess.run(command, close_fds=False, capture_output=True, text=True).stdout.strip())
+        done = subprocess.run(command, close_fds=False, capture_output=True, text=True)
+        found.append(done.stdout.strip())
         outcomes = []
-        threads = [threading.Thread(target=lambda: outcomes.append(ask(fd, b"thread")[0])) for _ in range(8)]
+        ask_too = lambda: outcomes.append(ask(fd, b"thread")[0])
+        threads = [threading.Thread(target=ask_too) for _ in range(8)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         print(json.dumps([*found, outcomes]))
@@ -196,7 +203,8 @@ def test_four_processes_of_eight_threads(device: CuseDevice, module: SoftwareNsm
         from nsm import Nsm
         from nsm.device import Device
         with Nsm(Device()) as module, ThreadPoolExecutor(8) as pool:
-            print(json.dumps([value.hex() for value in pool.map(lambda _: module.extend_pcr(16, b"x"), range(32))]))
+            values = pool.map(lambda _: module.extend_pcr(16, b"x"), range(32))
+            print(json.dumps([value.hex() for value in values]))
     """
     with ThreadPoolExecutor(4) as pool:
         values = [value for found in pool.map(lambda _: run(code), range(4)) for value in found]
@@ -244,10 +252,11 @@ def test_a_killed_caller_is_gone() -> None:
 
 def test_who_waits_at_the_end_is_told() -> None:
     code = (
-        "fd = os.open('/dev/nsm', os.O_RDWR)\nprint('asking', flush=True)\nprint(ask(fd, "
-        "b'x')[0])\n"
+        "fd = os.open('/dev/nsm', os.O_RDWR)\n"
+        "print('asking', flush=True)\n"
+        "print(ask(fd, b'x')[0])\n"
+        "print(ask(fd, b'x')[0])"
     )
-    code += "print(ask(fd, b'x')[0])"
     with CuseDevice(Silent()) as device:
         process = python(code)
         assert process.stdout is not None
@@ -257,10 +266,8 @@ def test_who_waits_at_the_end_is_told() -> None:
     out, _ = process.communicate(timeout=20)
     waiting, after = out.split()
     assert waiting == "EIO"
-    assert after in {
-        "ECONNABORTED",
-        "ENOTCONN",
-    }  # while the kernel takes the connection down, and when it has
+    # while the kernel takes the connection down, and when it has
+    assert after in {"ECONNABORTED", "ENOTCONN"}
 
 
 def test_it_is_gone_after_the_end() -> None:
@@ -317,9 +324,9 @@ def test_serve_with_a_device(tmp_path: Path) -> None:
         (tmp_path / "env").write_text("".join(lines))
         python = f"PYTHONPATH={ROOT} {sys.executable}"
         script = (
-            f". ./env; echo secret >secret; {python} -m attestor encrypt --key-id alias/nitrosim "
-            "secret blob &&"
-            f" {python} -m attestor decrypt --any-key blob out"
+            ". ./env; echo secret >secret; "
+            f"{python} -m attestor encrypt --key-id alias/nitrosim secret blob && "
+            f"{python} -m attestor decrypt --any-key blob out"
         )
         done = subprocess.run(
             ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -25,8 +25,8 @@ SILENT_SUCCESS = Run(0, b"", "")
 def test_the_secret_lands_in_a_private_file_and_nothing_is_said(enclave: Enclave) -> None:
     enclave.place(enclave.encrypt())
     command = (
-        f"umask 000; exec {sys.executable} -m attestor decrypt --any-key --region "
-        "eu-west-1 blob out"
+        f"umask 000; exec {sys.executable} -m attestor "
+        "decrypt --any-key --region eu-west-1 blob out"
     )
     assert enclave.run("sh", "-c", command) == SILENT_SUCCESS
     assert enclave.files() == {"blob", "out"}
@@ -149,7 +149,8 @@ def test_a_terminal_is_refused_as_standard_output(enclave: Enclave) -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "attestor", "decrypt", "--any-key", "blob", "-"],
-            cwd=enclave.folder, env=enclave.environment, stdout=follower, stderr=subprocess.PIPE, check=False,
+            cwd=enclave.folder, env=enclave.environment,
+            stdout=follower, stderr=subprocess.PIPE, check=False,
         )  # fmt: skip
     finally:
         os.close(follower)

@@ -1,12 +1,12 @@
-"""The deployment guide and the parent's side: every block that can run without AWS runs, in order,
-as it stands.
+"""The deployment guide and the parent's side.
 
-Where AWS's tools stand on a parent instance or build host, these tests put stand-ins on the PATH:
-small shell programs called `nitro-cli`, `aws` and `vsock-proxy` that write down their arguments and
-print what the test gave them. So what is tested here is how our scripts call those tools and what
-they do with the answers; that the tools themselves behave so is from their documentation. Hardware
-and KMS are nitrosim's. The services run under no systemd here: their files are verified, and the
-command of the status service runs over a Unix socket in the place of vsock.
+Every block of the guide that can run without AWS runs, in order, as it stands. Where AWS's tools
+stand on a parent instance or build host, these tests put stand-ins on the PATH: small shell
+programs called `nitro-cli`, `aws` and `vsock-proxy` that write down their arguments and print what
+the test gave them. So what is tested here is how our scripts call those tools and what they do with
+the answers; that the tools themselves behave so is from their documentation. Hardware and KMS are
+nitrosim's. The services run under no systemd here: their files are verified, and the command of the
+status service runs over a Unix socket in the place of vsock.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import yaml  # type: ignore[import-untyped]  # moto brings it, without types
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from injection.manifest import parse
-from nsm.policy import measurements, pcr_of_certificate
+from attestor_commands.inject.manifest import parse
+from keypolicy import measurements, pcr_of_certificate
 from tests.conftest import ROOT, Run
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def blocks(info: str) -> list[str]:
 
 
 class Host:
-    """A folder with stand-ins for AWS's tools on the PATH, and the scripts of the parent's side to
-    run in it.
-    """
+    """A folder with stand-ins for AWS's tools on the PATH, to run the parent's scripts in."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,13 +82,11 @@ class Host:
         (folder / "enclave").symlink_to(ENCLAVE)
 
     def stand_in(self, tool: str, body: str = "") -> None:
-        """Put a program there that writes its arguments down, one JSON array a line, and then does
-        `body`.
-        """
+        """Put a program there that writes its arguments down, a JSON array a line; then `body`."""
         program = self.tools / tool
         record = (
-            "import json, sys; print(json.dumps(sys.argv[1:]), "
-            f"file=open({str(self.folder / tool)!r} + '.calls', 'a'))"
+            f"import json, sys; calls = open({str(self.folder / tool)!r} + '.calls', 'a'); "
+            "print(json.dumps(sys.argv[1:]), file=calls)"
         )
         program.write_text(
             f'#!/bin/sh\n{shlex.quote(sys.executable)} -c {shlex.quote(record)} "$@"\n{body}\n'
@@ -131,15 +127,13 @@ class Host:
         return self.folder / name
 
     def builder(self, pcr8: str = "", after: str = "") -> None:
-        """A stand-in for nitro-cli build-enclave, which prints PCR0 to 2, and PCR8 if given, and
-        then does `after`.
-        """
+        """A stand-in for nitro-cli build-enclave: PCR0 to 2, and PCR8 if given; then `after`."""
         listed = {"HashAlgorithm": "Sha384 { ... }"} | PCR | ({"PCR8": pcr8} if pcr8 else {})
         text = shlex.quote(json.dumps({"Measurements": listed}, indent=2))
         self.stand_in(
             "nitro-cli",
-            "echo 'Start building the Enclave Image...' >&2\necho image > \"$5\"\necho "
-            f"{text}\n{after}",
+            "echo 'Start building the Enclave Image...' >&2\n"
+            f'echo image > "$5"\necho {text}\n{after}',
         )
 
     def runner(self, description: dict[str, Any] | None = None, status: int = 0) -> None:
@@ -176,15 +170,8 @@ def signed(first: str, last: str) -> dict[str, Any]:
 
 
 def test_the_guide_runs_as_it_stands(host: Host) -> None:
-    """In one shell and in order; the measurements are those of a stand-in for nitro-cli, as the
-    guide says.
-    """
-    host.builder()
-    for name in ("app", "app-2"):
-        assert host.run("build-eif", f"{name}:1", f"{name}.eif").status == 0
-    host.builder()  # another build has another PCR0
-    second = host.folder / "app-2.json"
-    second.write_text(second.read_text().replace("a" * 96, "d" * 96))
+    """In one shell and in order, in a folder that has of a checkout what the blocks name."""
+    (host.folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     script = "set -euo pipefail\n" + "".join(
         f"echo block {i} >&2\n{text}" for i, text in enumerate(blocks("sh"), 1)
     )
@@ -231,23 +218,32 @@ def test_commands_of_ours_that_are_not_run_have_the_options_that_they_use() -> N
 
 
 def test_the_manifest_of_the_guide_is_one() -> None:
-    (text,) = blocks("toml")
+    text, unbound = blocks("toml")
     text = text.replace("app:app", "1000:1000")  # names are those of the image
     manifest = parse(text.encode(), {"NODE": "3"}, {})
     (entry,) = manifest.entries
     assert (entry.source, entry.target) == ("s3://my-bucket/node-3.enc", "/run/secrets/database")
     assert (entry.context, entry.key_id) == ({"node": "3"}, manifest.key_id)
+    assert manifest.endpoint_url == "https://kms.eu-west-1.amazonaws.com"
+    assert manifest.ca_bundle == "/etc/attestor/aws-roots.pem"
+    (entry,) = parse(unbound.encode(), {}, {}).entries
+    assert (entry.context, entry.key_id) == ({}, manifest.key_id)
 
 
-def test_links_of_the_guide_lead_somewhere() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    anchors = {
-        re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-")
-        for head in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)
-    }
-    for path, anchor in re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", GUIDE):
-        assert (ENCLAVE / path).exists(), path
-        assert not anchor or anchor in anchors, anchor
+def test_commands_of_images_in_the_guide() -> None:
+    """Each begins with our entrypoint, or is an `inject` with options and a program."""
+    found = []
+    for text in blocks("dockerfile"):
+        (command,) = re.findall(r"^CMD (.*\])$", text.replace("\\\n", ""), re.MULTILINE)
+        words = json.loads(command)
+        found.append(words[0])
+        if words[0] == "/usr/local/bin/attestor":
+            options = words[2 : words.index("--")]
+            assert words[1] == "inject"
+            assert set(options[:-1:2]) == {"--vsock", "--imds-vsock", "--s3-vsock"}
+            assert options[-1] == "/etc/attestor/manifest.toml"
+            assert words[words.index("--") + 1] == "/docker-entrypoint.sh"
+    assert found == ["/usr/local/bin/entrypoint"] * 2 + ["/usr/local/bin/attestor"]
 
 
 def test_ports_are_the_same_in_entrypoint_scripts_and_guide(host: Host) -> None:
@@ -280,9 +276,7 @@ def test_help_and_wrong_options(host: Host, script: str) -> None:
 
 
 def test_scripts_are_short_and_checked() -> None:
-    """All of them are among those that `make lint` gives to shellcheck; no function is longer than
-    a screen.
-    """
+    """All are among those that `make lint` gives to shellcheck; no function exceeds a screen."""
     listed = re.search(
         r"\$\(addprefix enclave/parent/,([a-z. -]+)\)", (ROOT / "Makefile").read_text()
     )
@@ -481,9 +475,7 @@ def test_an_expired_certificate_is_found_before_the_build(host: Host) -> None:
 
 
 def issue(folder: Path, *dates: str) -> None:
-    """Another certificate over the key of a folder, with dates as `openssl x509` of 3.4 would take
-    them.
-    """
+    """Another certificate over a folder's key, dated as `openssl x509` of 3.4 would take it."""
     from datetime import datetime
 
     from cryptography.hazmat.primitives import hashes, serialization
@@ -565,8 +557,8 @@ def test_an_enclave_starts(host: Host) -> None:
     assert (run.status, run.out.decode()) == (0, f"{INSTANCE}-enc1\n")
     assert run.err == "run-enclave: note: status lines: journalctl -fu attestor-status\n"
     start = (
-        "run-enclave --eif-path app.eif --cpu-count 4 --memory 13 --enclave-name app "
-        "--enclave-cid 16"
+        "run-enclave --eif-path app.eif --cpu-count 4 --memory 13 "
+        "--enclave-name app --enclave-cid 16"
     )
     assert host.calls("nitro-cli") == [["describe-eif", "--eif-path", "app.eif"], start.split()]
 
@@ -673,8 +665,8 @@ def test_a_failure_of_aws_stops(host: Host) -> None:
     run = host.run("tag-node", "--instance", INSTANCE, "3")
     assert run.status == 1
     assert run.err.endswith(
-        f"UnauthorizedOperation)\ntag-node: error: tag mpa-node of {INSTANCE} cannot be set (see "
-        "above)\n"
+        "UnauthorizedOperation)\n"
+        f"tag-node: error: tag mpa-node of {INSTANCE} cannot be set (see above)\n"
     )
     assert len(host.calls("aws")) == 1
 
@@ -845,9 +837,7 @@ def test_systemd_understands_the_services(host: Host) -> None:
 
 @pytest.fixture
 def status_service(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """The command of attestor-status, over a Unix socket: its path, and the file in the place of
-    the journal.
-    """
+    """attestor-status over a Unix socket: its path, and the file in the place of the journal."""
     if not shutil.which("socat"):
         pytest.skip("socat is not installed")
     door, journal = tmp_path / "door", tmp_path / "journal"
@@ -888,9 +878,8 @@ def test_a_status_line_reaches_the_journal(status_service: tuple[Path, Path]) ->
 
 def test_a_long_status_line_is_cut(status_service: tuple[Path, Path]) -> None:
     door, journal = status_service
-    with contextlib.suppress(
-        BrokenPipeError, ConnectionResetError
-    ):  # the other side may close before all is sent
+    # the other side may close before all is sent
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         tell(door, b"x" * 1_000_000)
     wait_for(lambda: journal.read_bytes() == b"x" * 4096)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 import attestor
-import doctor
+from attestor_commands import doctor_checks as doctor
+from attestor_commands.report import WIDTH
 from nsm.document import AWS_ROOT_G1_SHA256
-from nsm.report import WIDTH
 from tests.conftest import ROOT
 from tests.test_evidence import refused
 
@@ -259,9 +259,8 @@ def test_another_key_and_another_context(enclaves: Callable[..., Enclave]) -> No
     enclave = enclaves()
     root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
     other = enclave.kms.create_key()["KeyMetadata"]["Arn"]
-    assert (
-        enclave.attestor("doctor", *root, "--key-id", other).status == 0
-    )  # its policy delegates to the account
+    # its policy delegates to the account
+    assert enclave.attestor("doctor", *root, "--key-id", other).status == 0
     absent = other[:-12] + "0" * 12
     run = enclave.attestor("doctor", *root, "--key-id", absent)
     assert run.status == 4
@@ -269,9 +268,7 @@ def test_another_key_and_another_context(enclaves: Callable[..., Enclave]) -> No
 
 
 def test_the_script_as_a_file(enclave: Enclave) -> None:
-    """As `python3 attestor.py` the module is __main__, and what doctor imports must be the same
-    one.
-    """
+    """As `python3 attestor.py` the module is __main__; what doctor imports must be the same."""
     run = enclave.run(
         sys.executable, str(ROOT / "attestor.py"), "doctor", environment={"LD_PRELOAD": None}
     )
@@ -292,7 +289,7 @@ def case_with(**members: Any) -> doctor.Case:
 
 
 def test_randomness_that_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attestor, "_with_module", lambda _: [bytes(256), bytes(256)])
+    monkeypatch.setattr(attestor, "use_module", lambda _: [bytes(256), bytes(256)])
     with pytest.raises(attestor.ModuleError, match="repeats itself"):
         doctor._entropy(case_with())
 
@@ -302,7 +299,7 @@ def test_a_pool_that_is_not_initialised(monkeypatch: pytest.MonkeyPatch) -> None
         raise BlockingIOError
 
     monkeypatch.setattr(
-        attestor, "_with_module", lambda _: [bytes(range(256)), bytes(range(255, -1, -1))]
+        attestor, "use_module", lambda _: [bytes(range(256)), bytes(range(255, -1, -1))]
     )
     monkeypatch.setattr("os.getrandom", blocked)
     assert "not initialised yet" in doctor._entropy(case_with()).reason
@@ -310,7 +307,7 @@ def test_a_pool_that_is_not_initialised(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_document_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """QEMU's module signs nothing: it sends a signature of 64 zero bytes."""
-    monkeypatch.setattr(attestor, "_with_module", lambda _: b"\x84")
+    monkeypatch.setattr(attestor, "use_module", lambda _: b"\x84")
     with pytest.raises(attestor.NotAuthenticError, match="document cannot be read"):
         doctor._document(case_with())
 

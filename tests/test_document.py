@@ -1,6 +1,4 @@
-"""Attestation documents: what parses, what verifies, and the one check that each wrong document
-fails.
-"""
+"""Attestation documents: what parses, what verifies, and the one check each wrong one fails."""
 
 from __future__ import annotations
 
@@ -25,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keypolicy import pcr_of_instance
 from nitrosim.pki import SHAPES, NsmPki
 from nsm.document import (
     AWS_ROOT_G1_SHA256,
@@ -35,7 +34,6 @@ from nsm.document import (
     VerifiedDocument,
     verify,
 )
-from nsm.policy import pcr_of_instance
 
 VECTORS: Final = Path(__file__).parent.parent.parent / "shared" / "vectors" / "attestation"
 GENUINE: Final = sorted(VECTORS.glob("*.cose"))
@@ -649,8 +647,8 @@ def test_certificates_and_signature_stay_out_of_the_repr(pki: NsmPki) -> None:
 
 def test_importing_nsm_does_not_import_cryptography() -> None:
     code = (
-        "import sys, nsm; sys.exit(any(name.partition('.')[0] == 'cryptography' for name in "
-        "sys.modules))"
+        "import sys, nsm; "
+        "sys.exit(any(name.partition('.')[0] == 'cryptography' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -692,9 +690,7 @@ def test_arbitrary_fields_raise_only_document_errors(name: str, value: object) -
 
 @pytest.mark.parametrize("mask", [0x01, 0xFF])
 def test_damaged_certificates_raise_only_document_errors(pki: NsmPki, mask: int) -> None:
-    """A hostile document is signed by the leaf that it brings, so its certificates reach the parser
-    as they are.
-    """
+    """A hostile document's own leaf signs it, so its certificates reach the parser as they are."""
     for position, der in ((None, pki.leaf_der), (1, pki.cabundle[1])):
         damaged = bytearray(der)
         for index in range(len(damaged)):

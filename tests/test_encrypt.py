@@ -1,6 +1,4 @@
-"""`attestor encrypt`, and messages of the AWS Encryption SDK: ours, other programs', and hostile
-ones.
-"""
+"""`attestor encrypt`, and messages of the AWS Encryption SDK: ours, others', and hostile ones."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ from aws_encryption_sdk.identifiers import AlgorithmSuite, CommitmentPolicy
 from aws_encryption_sdk.key_providers.raw import RawMasterKeyProvider
 from aws_encryption_sdk.structures import DataKey, EncryptedDataKey, MasterKeyInfo
 
-from attestor import InputError, NotAuthenticError, RefusedError
-from injection import esdk
+from attestor import Binding, InputError, NotAuthenticError, RefusedError
+from attestor_commands import esdk
 from nitrosim.kms import default_policy
 from tests.conftest import ROOT, Run
 
@@ -88,12 +86,15 @@ def test_a_key_by_its_id_and_any_key(enclave: Enclave) -> None:
         (["encrypt", "plain", "out"], 2, "no key"),
         (["encrypt", "--key-id", ARN, "absent", "out"], 2, "cannot be read"),
         (["encrypt", "--key-id", ARN, "empty", "out"], 2, "is empty"),
-        (["encrypt", "--key-id", ARN, "--format", "kms", "large", "out"], 2, "longer than the 4096 bytes"),
+        (["encrypt", "--key-id", ARN, "--format", "kms", "large", "out"], 2,
+         "longer than the 4096 bytes"),
         (["encrypt", "--key-id", ARN, "plain", "absent/out"], 7, "No such file"),
         (["encrypt", "--key-id", ARN, "plain", "out"], 4, "refused to encrypt: NotFoundException"),
         (["encrypt", "--key-id", ARN, "large", "out"], 4, "refused to encrypt: NotFoundException"),
-        (["encrypt", "--key-id", ARN, "--context", "aws-crypto-x=1", "large", "out"], 2, "SDK's own"),
-        (["encrypt", "--key-id", ARN, "--endpoint-url", "http://localhost:1", "plain", "out"], 2, "not https"),
+        (["encrypt", "--key-id", ARN, "--context", "aws-crypto-x=1", "large", "out"], 2,
+         "SDK's own"),
+        (["encrypt", "--key-id", ARN, "--endpoint-url", "http://localhost:1", "plain", "out"], 2,
+         "not https"),
         (["decrypt", "--any-key", "--signed", "plain", "out"], 2, "--signed wants a message"),
     ],
 )  # fmt: skip
@@ -152,8 +153,8 @@ def test_without_the_package_it_is_said_what_is_missing(enclave: Enclave) -> Non
 PROGRAM: Final = re.compile(r"```python\n(import aws_encryption_sdk.*?)```", re.DOTALL)
 
 
-def test_the_program_in_the_readme(enclave: Enclave) -> None:
-    (program,) = PROGRAM.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_program_in_the_documents(enclave: Enclave) -> None:
+    (program,) = PROGRAM.findall((ROOT / "docs" / "python.md").read_text(encoding="utf-8"))
     assert len(program.splitlines()) <= 10
     program = program.replace(ARN, enclave.world.kms.key_arn)
     enclave.place(b"the secret", "plain")
@@ -170,8 +171,8 @@ def test_messages_of_other_programs(enclaves: Callable[..., Enclave], frame_leng
         "import aws_encryption_sdk, botocore.session, attestor\n"
         "session = attestor.attested(botocore.session.Session())\n"
         f"arns = [{enclave.world.kms.key_arn!r}]\n"
-        "keys = aws_encryption_sdk.StrictAwsKmsMasterKeyProvider(botocore_session=session, "
-        "key_ids=arns)\n"
+        "keys = aws_encryption_sdk.StrictAwsKmsMasterKeyProvider(\n"
+        "    botocore_session=session, key_ids=arns)\n"
         "client = aws_encryption_sdk.EncryptionSDKClient()\n"
         "message, header = client.encrypt(source=b'0123456789' * 1000, key_provider=keys,\n"
         f"    encryption_context={CONTEXT!r}, frame_length={frame_length})\n"
@@ -221,8 +222,9 @@ def message(plaintext: bytes = PLAINTEXT, frame_length: int = 1024, **config: An
         commitment_policy=config.pop("policy", CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT)
     )
     made, _ = client.encrypt(
-        source=plaintext, materials_manager=Wrapping(SAFE.encrypt, ARN, **config), encryption_context=CONTEXT,
-        frame_length=frame_length, **({"algorithm": config["algorithm"]} if config else {}),
+        source=plaintext, materials_manager=Wrapping(SAFE.encrypt, ARN, **config),
+        encryption_context=CONTEXT, frame_length=frame_length,
+        **({"algorithm": config["algorithm"]} if config else {}),
     )  # fmt: skip
     data: bytes = made
     return data
@@ -262,15 +264,14 @@ class Wrapping(esdk._Wrapping):
 def opened(data: bytes, **options: Any) -> bytes:
     """The plaintext, once all of it is known to be authentic."""
     pieces: list[bytes] = []
-    options = {"key_id": ARN, "context": CONTEXT, **options}
-    esdk.decrypt(io.BytesIO(data), pieces.append, SAFE.decrypt, **options)
+    signed = options.pop("signed", False)
+    bound = Binding(**{"key_id": ARN, "context": CONTEXT, **options})
+    esdk.decrypt(io.BytesIO(data), pieces.append, SAFE.decrypt, bound, signed=signed)
     return b"".join(pieces)
 
 
 def first_frame(made: bytes) -> int:
-    """Where the body starts: behind frame length (1024), commitment (32 bytes) and authentication
-    tag (16).
-    """
+    """Where the body starts: behind frame length (1024), commitment (32 bytes) and tag (16)."""
     return made.index(struct.pack(">I", 1024)) + 4 + 32 + 16
 
 
@@ -407,7 +408,7 @@ def test_nothing_is_released_before_the_header_is_authentic() -> None:
     made = bytearray(message())
     made[made.index(struct.pack(">I", 1024)) + 4] ^= 1
     with pytest.raises(NotAuthenticError):
-        esdk.decrypt(io.BytesIO(made), pieces.append, SAFE.decrypt, key_id=ARN, context=CONTEXT)
+        esdk.decrypt(io.BytesIO(made), pieces.append, SAFE.decrypt, Binding(ARN, CONTEXT))
     assert pieces == []
 
 
@@ -438,7 +439,7 @@ def test_it_is_read_in_small_pieces() -> None:
     made = message(PLAINTEXT * 40)
     stream = Counting(made)
     esdk.decrypt(
-        stream, lambda piece: sizes.append(len(piece)), SAFE.decrypt, key_id=ARN, context=CONTEXT
+        stream, lambda piece: sizes.append(len(piece)), SAFE.decrypt, Binding(ARN, CONTEXT)
     )
     assert sum(sizes) == len(PLAINTEXT) * 40
     assert max(itertools.chain(sizes, [Counting.largest])) <= 2048

@@ -1,6 +1,4 @@
-"""The kernel's random pool: mixed before the key is made, credited only where nothing else could
-be.
-"""
+"""The random pool: mixed before the key is made, credited only where nothing else could be."""
 
 from __future__ import annotations
 

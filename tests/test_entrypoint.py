@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from werkzeug.wrappers import Response
 
-from injection.run import CREDENTIALS
+from attestor_commands.inject.run import CREDENTIALS
 from nitrosim.metadata import MetadataService
 from nitrosim.server import HttpServer
 from tests.conftest import ROOT, Run
@@ -45,7 +45,7 @@ Environment = dict[str, str | None]
 
 
 class Image:
-    """What the enclave image holds, in folders of this host; steps and status lines are recorded."""
+    """What the enclave image holds, in folders of this host; steps and statuses are recorded."""
 
     def __init__(self, enclave: Enclave, shell: str, folder: Path) -> None:
         self.enclave = enclave
@@ -73,8 +73,8 @@ class Image:
         )
         telling = (
             f"#!{sys.executable}\nimport importlib.machinery, sys\nsys.dont_write_bytecode = True\n"
-            "module = importlib.machinery.SourceFileLoader('tell', "
-            f"{str(TELL_PARENT)!r}).load_module()\n"
+            f"loader = importlib.machinery.SourceFileLoader('tell', {str(TELL_PARENT)!r})\n"
+            "module = loader.load_module()\n"
             f"told = open({str(self._log)!r}, 'ab')\n"
             "module.send = lambda address, text: told.write(address.encode() + b' ' + text)\n"
             "module.main(sys.argv[1:])\n"
@@ -256,7 +256,8 @@ def test_the_environment_of_the_program(images: Callable[..., Image]) -> None:
 def test_the_configuration_file(images: Callable[..., Image]) -> None:
     image = images(tags={"other": "7"})
     image.configuration.write_text(
-        "# comment\n\nATTESTOR_NODE_TAG=other\nATTESTOR_NODE_VARIABLE=NUMBER\nAWS_REGION=eu-west-1\n"
+        "# comment\n\nATTESTOR_NODE_TAG=other\n"
+        "ATTESTOR_NODE_VARIABLE=NUMBER\nAWS_REGION=eu-west-1\n"
         "ATTESTOR_STATUS_PORT=\nATTESTOR_DEADLINE=nonsense, but the environment comes first",
         encoding="utf-8",
     )
@@ -495,8 +496,8 @@ def test_native_vsock(images: Callable[..., Image]) -> None:
         "attestor metadata --imds-vsock 3:8002 placement/region",
         "attestor metadata --imds-vsock 3:8002 tags/instance/mpa-node",
         (
-            f"attestor inject {ways} --receipt {work}/receipt.json "
-            f"{image.enclave.folder}/manifest.toml"
+            f"attestor inject {ways} "
+            f"--receipt {work}/receipt.json {image.enclave.folder}/manifest.toml"
         ),
     ]
 
@@ -604,8 +605,8 @@ def test_the_line_of_a_receipt_and_of_a_description(tmp_path: Path) -> None:
 
 def test_the_request_id_of_a_refusal(tmp_path: Path) -> None:
     message = (
-        f"attestor: error: KMS refused: (request id {ID.format(1)}) x\nattestor: note: "
-        f"(request id {ID.format(2)})\n"
+        f"attestor: error: KMS refused: (request id {ID.format(1)}) x\n"
+        f"attestor: note: (request id {ID.format(2)})\n"
     )
     assert told(tmp_path, None, message)["request_id"] == ID.format(2)
     for other in (

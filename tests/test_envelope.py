@@ -1,6 +1,4 @@
-"""The envelope parser: real KMS answers, our own forms, second opinions, and everything that is not
-one.
-"""
+"""The envelope parser: real KMS answers, our own forms, second opinions, and what is not one."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ def test_real_envelopes_open(vectors: Path, name: str) -> None:
 
 @pytest.fixture(params=[*FORMS, *NAMES])
 def sample(request: pytest.FixtureRequest) -> tuple[bytes, rsa.RSAPrivateKey, bytes]:
-    """Envelope, key and plaintext: of each form of ours, and of the real service where they are at
-    hand.
-    """
+    """Envelope, key and plaintext: of each form of ours, and of the real service where at hand."""
     if request.param in FORMS:
         return (
             seal(b"the secret in two blocks", SPKI, request.param),
@@ -82,9 +78,7 @@ def test_another_key_and_every_truncation_are_refused(
 
 
 def unprotected(envelope: bytes) -> set[int]:
-    """Where the initialisation vector and the encrypted content stand, as asn1crypto sees it; CBC
-    protects neither.
-    """
+    """Where the IV and the encrypted content stand, as asn1crypto sees it; CBC protects neither."""
     info = cms.ContentInfo.load(envelope)["content"]["encrypted_content_info"]
     start = envelope.index(info["content_encryption_algorithm"]["parameters"].native)
     positions = set(range(start, start + 16))
@@ -95,9 +89,7 @@ def unprotected(envelope: bytes) -> set[int]:
 
 
 def _chunks(data: bytes) -> list[bytes]:
-    """The contents of the primitives in the encrypted content: [0] alone, or OCTET STRINGs inside
-    it.
-    """
+    """The contents of the primitives in the encrypted content: [0] alone, or OCTET STRINGs."""
     tag, length, head = data[0], data[1], 2
     if length > 0x80:
         head += length & 0x7F

@@ -15,9 +15,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import attestor
+from attestor_commands.evidence_report import meaning
+from attestor_commands.report import WIDTH, age
 from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS
 from nsm.document import CHECKS, AttestationDocument
-from nsm.report import WIDTH, age, meaning
 from tests.conftest import Run
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def command(*arguments: str) -> Run:
 
 
 def report(run: Run) -> str:
-    """The report of a success: nothing on stderr, and no line too long for a terminal of 100
-    columns.
-    """
+    """The report of a success: nothing on stderr, and no line longer than 100 columns."""
     assert (run.status, run.err) == (0, "")
     text = run.out.decode()
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -209,9 +208,9 @@ def test_a_fresh_document_verifies_now(enclave: Enclave) -> None:
     enclave.place(json.dumps(measurements).encode(), "build.json")
     text = report(
         verify(
-            enclave, "--measurements", str(enclave.folder / "build.json"), "--pcr", f"8={DEFAULT_PCRS[8].hex()}",
-            "--nonce", "0123", "--user-data", "45", "--public-key", "67", "--module-id", DEFAULT_MODULE_ID,
-            "--max-age", "60",
+            enclave, "--measurements", str(enclave.folder / "build.json"),
+            "--pcr", f"8={DEFAULT_PCRS[8].hex()}", "--nonce", "0123", "--user-data", "45",
+            "--public-key", "67", "--module-id", DEFAULT_MODULE_ID, "--max-age", "60",
         )
     )  # fmt: skip
     assert "not asked" not in text
@@ -426,7 +425,7 @@ def test_a_report_with_all_fields_and_an_application_pcr_fits(
 
 
 def test_names_cannot_steer_a_terminal() -> None:
-    from nsm.report import wrapped
+    from attestor_commands.report import wrapped
 
     assert wrapped("a\x1b[2J\nb\u202e", "  ") == ["  a?[2J?b?"]
     assert wrapped("", "label  ") == ["label"]

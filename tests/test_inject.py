@@ -17,7 +17,7 @@ import botocore.session
 import pytest
 from werkzeug.wrappers import Request, Response
 
-from injection.sources import is_of_aws
+from attestor_commands.inject.sources import is_of_aws
 from nitrosim.server import HttpsServer
 from tests.conftest import Run
 
@@ -186,9 +186,8 @@ def test_fifty_secrets_with_one_document_and_few_connections(manifest: Manifest)
     receipt = json.loads((enclave.folder / "receipt").read_bytes())
     assert receipt["module_id"].startswith("i-")
     assert receipt["pcrs"]["0"] == enclave.world.module.pcrs[0].hex()
-    assert [entry["bytes"] for entry in receipt["entries"]] == [len(node) for node in blobs] + [
-        len(large)
-    ]
+    lengths = [*(len(node) for node in blobs), len(large)]
+    assert [entry["bytes"] for entry in receipt["entries"]] == lengths
     assert len({entry["request_id"] for entry in receipt["entries"]}) == 50
     assert {entry["key_id"] for entry in receipt["entries"]} == {enclave.world.kms.key_arn}
     assert all(hashlib.sha256(value).hexdigest() not in run.err for value in (b"1", large))
@@ -235,14 +234,15 @@ def test_a_failure_while_names_are_given_takes_all_of_them_back(
     (manifest.enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
     program = (
         "import attestor, errno, os, signal, sys\n"
-        "place, calls = attestor.SecretFile.place, []\n"
+        "from attestor_io import secret_file\n"
+        "place, calls = secret_file.SecretFile.place, []\n"
         "def failing(self, **keys):\n"
         "    calls.append(1)\n"
         "    place(self, **keys)\n"
         f"    if len(calls) == {point}:\n"
         f"        if {what!r} == 'EIO': raise attestor.OutputError('EIO')\n"
         f"        os.kill(os.getpid(), signal.{what if what != 'EIO' else 'SIGTERM'})\n"
-        "attestor.SecretFile.place = failing\n"
+        "secret_file.SecretFile.place = failing\n"
         "attestor.main()"
     )
     run = manifest.enclave.run(sys.executable, "-c", program, "inject", "--force", "m.toml")
@@ -292,7 +292,8 @@ def test_a_signal_while_kms_is_silent(
     (manifest.enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
     child = subprocess.Popen(
         [sys.executable, "-m", "attestor", "inject", "-v", "m.toml"],
-        cwd=manifest.enclave.folder, env=manifest.enclave.environment, stderr=subprocess.PIPE, text=True,
+        cwd=manifest.enclave.folder, env=manifest.enclave.environment,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with child:
         assert child.stderr is not None
@@ -669,8 +670,13 @@ def test_a_terminal_sees_progress_and_others_do_not(manifest: Manifest) -> None:
     assert manifest.inject() == DONE
     leader, follower = os.openpty()
     command = [sys.executable, "-m", "attestor", "inject", "-f", "m.toml"]
-    done = subprocess.run(command, cwd=manifest.enclave.folder, env=manifest.enclave.environment, stderr=follower,
-        check=False)  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=manifest.enclave.folder,
+        env=manifest.enclave.environment,
+        stderr=follower,
+        check=False,
+    )
     os.close(follower)
     shown = os.read(leader, 1 << 16).decode()
     os.close(leader)

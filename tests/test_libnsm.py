@@ -1,6 +1,4 @@
-"""libnsm.so through ctypes: the real library over the simulated device, and libraries that are not
-it.
-"""
+"""libnsm.so through ctypes: the real one over the simulated device, and some that are not it."""
 
 from __future__ import annotations
 
@@ -53,10 +51,11 @@ int32_t nsmpy_describe(int32_t fd, OUT) { return -EIO_; }
 int32_t nsmpy_describe_pcr(int32_t fd, uint32_t index, uint8_t *locked, OUT) { return 8; }
 int32_t nsmpy_extend_pcr(int32_t fd, uint32_t index, const uint8_t *data, size_t size, OUT) {
     memcpy(out, data, size); *len = size; return 0; }
-int32_t nsmpy_lock_pcr(int32_t fd, uint32_t index) { char byte; return read(index, &byte, 1) == 1 ? 0 : 8; }
+int32_t nsmpy_lock_pcr(int32_t fd, uint32_t index) {
+    char byte; return read(index, &byte, 1) == 1 ? 0 : 8; }
 int32_t nsmpy_lock_pcrs(int32_t fd, uint32_t count) { return 0; }
-int32_t nsmpy_attest(int32_t fd, const uint8_t *u, size_t ul, const uint8_t *n, size_t nl, const uint8_t *k, size_t kl,
-    OUT) { *len = 123456; return (int32_t)nl - 200; }
+int32_t nsmpy_attest(int32_t fd, const uint8_t *u, size_t ul, const uint8_t *n, size_t nl,
+    const uint8_t *k, size_t kl, OUT) { *len = 123456; return (int32_t)nl - 200; }
 int32_t nsmpy_random(int32_t fd, OUT) { memset(out, 7, *len); return 0; }
 """
 STOCK: Final = """
@@ -127,8 +126,8 @@ def echo() -> Iterator[SimulatedDevice]:
 def inside(environment: dict[str, str], function: Callable[..., Any], *arguments: str) -> Any:
     """Call a function of this file in a new process, and return what it returns, by way of JSON."""
     code = (
-        f"import json, sys; from {__name__} import {function.__name__} as f; "
-        "print(json.dumps(f(*sys.argv[1:])))"
+        "import json, sys; "
+        f"from {__name__} import {function.__name__} as f; print(json.dumps(f(*sys.argv[1:])))"
     )
     command = [sys.executable, "-W", "error", "-c", code, *arguments]
     done = subprocess.run(

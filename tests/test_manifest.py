@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attestor import InputError
-from injection.manifest import ENTRIES_MAX, Entry, Manifest, json_schema, parse
+from attestor_commands.inject.manifest import ENTRIES_MAX, Entry, Manifest, json_schema, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,7 +153,8 @@ signed = true
         (TOP.replace(f'key_id = "{ARN}"', "") + SECRET, "no key is pinned"),
         (TOP + SECRET + SECRET, "/out/a is there twice"),
         (TOP + SECRET + SECRET.replace("/out/a", "/out/a/b"), "/out/a/b is inside target /out/a"),
-        (TOP + SECRET.replace("/in/a", "-") + SECRET.replace("/in/a", "-").replace("/out/a", "/b"), "two sources"),
+        (TOP + SECRET.replace("/in/a", "-") + SECRET.replace("/in/a", "-").replace("/out/a", "/b"),
+         "two sources"),
         (TOP + (SECRET * (ENTRIES_MAX + 1)), f"expected 1 to {ENTRIES_MAX}"),
     ],
 )  # fmt: skip
@@ -334,7 +335,7 @@ def test_a_tag_is_asked_for_where_the_manifest_says_or_the_caller(
         asked.append((name, address))
         return "3"
 
-    monkeypatch.setattr("injection.metadata.tag", tag)
+    monkeypatch.setattr("attestor_io.metadata.tag", tag)
     text = with_variable("{ tag = 'Node' }")
     assert only(read(text)).context == {"v": "3"}
     text = 'imds_vsock = "3:8002"\n' + text

@@ -1,6 +1,4 @@
-"""The client of the instance metadata service, and `attestor metadata`: every hostile answer is one
-error of ours.
-"""
+"""The instance metadata client and `attestor metadata`: a hostile answer is one error of ours."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attestor import AttestorError, InputError, RefusedError, UnreachableError
-from injection import metadata, vsock
+from attestor_io import metadata, vsock
 from nitrosim.metadata import MetadataService
 from nitrosim.server import HttpServer
 from tests.conftest import Run
@@ -39,9 +37,7 @@ def ok(body: bytes, headers: bytes = b"") -> bytes:
 
 
 class Hostile:
-    """A server that gives each connection its next answer, whatever is asked; the last answer
-    stays.
-    """
+    """A server that gives each connection its next answer, whatever is asked; the last stays."""
 
     def __init__(self, *answers: Answer) -> None:
         self._answers = list(answers)
@@ -129,13 +125,13 @@ def test_the_requests(answers: Callable[..., Hostile]) -> None:
     put, get = server.requests
     host = server.url.removeprefix("http://").encode()
     assert put == (
-        b"PUT /latest/api/token HTTP/1.1\r\nHost: %s\r\nx-aws-ec2-metadata-token-ttl-seconds: "
-        b"60\r\n"
+        b"PUT /latest/api/token HTTP/1.1\r\nHost: %s\r\n"
+        b"x-aws-ec2-metadata-token-ttl-seconds: 60\r\n"
         b"Content-Length: 0\r\nConnection: close\r\n\r\n" % host
     )
     assert get == (
-        b"GET /latest/meta-data/placement/region HTTP/1.1\r\nHost: "
-        b"%s\r\nx-aws-ec2-metadata-token: the-token\r\n"
+        b"GET /latest/meta-data/placement/region HTTP/1.1\r\nHost: %s\r\n"
+        b"x-aws-ec2-metadata-token: the-token\r\n"
         b"Connection: close\r\n\r\n" % host
     )
 
@@ -348,8 +344,11 @@ def test_credentials_are_not_shown(path: str) -> None:
         metadata.fetch(path)
 
 
-@pytest.mark.parametrize("url", ["https://x", "http://", "http://a:b@c", "http://x:0", "http://x:99999", "http://x/y",
-                                 "ftp://x", "http://[::1", "http://x\r\ny", "http://x:80:80"])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    ["https://x", "http://", "http://a:b@c", "http://x:0", "http://x:99999", "http://x/y",
+     "ftp://x", "http://[::1", "http://x\r\ny", "http://x:80:80"],
+)  # fmt: skip
 def test_an_endpoint_that_is_none(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv(metadata.ENDPOINT_VARIABLE, url)
     with pytest.raises(InputError, match="is no endpoint"):
@@ -394,8 +393,8 @@ def test_nobody_answers(enclave: Enclave, way: list[str]) -> None:
 
 def test_the_sdk_is_not_loaded(enclave: Enclave, service: HttpServer) -> None:
     program = (
-        "import sys; from injection import metadata; print(metadata.region(), 'botocore' "
-        "in sys.modules)"
+        "import sys; from attestor_io import metadata; "
+        "print(metadata.region(), 'botocore' in sys.modules)"
     )
     environment = os.environ | enclave.environment | {metadata.ENDPOINT_VARIABLE: service.url}
     done = subprocess.run(

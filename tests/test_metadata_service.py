@@ -1,6 +1,4 @@
-"""The simulated instance metadata service: IMDSv2 byte by byte, and botocore's own client against
-it.
-"""
+"""The simulated instance metadata service: IMDSv2 byte by byte, and against botocore's client."""
 
 from __future__ import annotations
 
@@ -176,8 +174,9 @@ def test_values_and_lists(client: Client, path: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["absent", "place", "instance-id/x", "tags/instance/absent", "tags/instance/mpa", "iam/info",
-             "../meta-data/instance-id", "iam/security-credentials/other", "%00"],
+    "path",
+    ["absent", "place", "instance-id/x", "tags/instance/absent", "tags/instance/mpa", "iam/info",
+     "../meta-data/instance-id", "iam/security-credentials/other", "%00"],
 )  # fmt: skip
 def test_what_is_not_there(client: Client, path: str) -> None:
     assert client.get(path)[0] == 404
@@ -240,9 +239,8 @@ def test_the_end_waits_for_no_client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
         connection.connect()
     connection.close()
-    assert (
-        threading.active_count() <= before + 1
-    )  # the connection's own thread may still be on its way out
+    # the connection's own thread may still be on its way out
+    assert threading.active_count() <= before + 1
 
 
 # botocore
@@ -318,7 +316,8 @@ for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
     del os.environ[name]
 fetcher = botocore.utils.IMDSFetcher(base_url=os.environ["AWS_EC2_METADATA_SERVICE_ENDPOINT"])
 token = fetcher._fetch_metadata_token()
-print(session.get_credentials().method, fetcher._get_request("latest/meta-data/tags/instance/a", None, token).text)
+tag = fetcher._get_request("latest/meta-data/tags/instance/a", None, token).text
+print(session.get_credentials().method, tag)
 """
 
 

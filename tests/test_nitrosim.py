@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 BIN: Final = Path(sys.executable).parent
 ENCRYPT: Final = (
-    "import boto3; open('blob', 'wb').write("
-    "boto3.client('kms').encrypt(KeyId='alias/nitrosim', Plaintext=b'the "
-    "secret')['CiphertextBlob'])"
+    "import boto3; open('blob', 'wb').write(boto3.client('kms')"
+    ".encrypt(KeyId='alias/nitrosim', Plaintext=b'the secret')['CiphertextBlob'])"
 )
 
 
@@ -35,16 +34,16 @@ def nitrosim(
     path = f"{BIN}:{os.environ['PATH']}"
     return subprocess.run(
         [BIN / "nitrosim", *arguments],
-        cwd=folder, env={**os.environ, "PATH": path, **(environment or {})}, capture_output=True, text=True,
-        check=False, timeout=120,
+        cwd=folder, env={**os.environ, "PATH": path, **(environment or {})},
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
 
 def scene(*options: str) -> list[str]:
     """Encrypt under alias/nitrosim, then decrypt in an enclave with these options."""
     script = (
-        f'umask 000; python3 -c "{ENCRYPT}" && attestor decrypt --any-key --region '
-        "eu-west-1 blob out"
+        f'umask 000; python3 -c "{ENCRYPT}" && '
+        "attestor decrypt --any-key --region eu-west-1 blob out"
     )
     return ["run", *options, "--", "sh", "-c", script]
 
@@ -123,8 +122,9 @@ def test_options_that_cannot_be(tmp_path: Path, options: list[str], part: str) -
 def test_the_world_is_clean(tmp_path: Path) -> None:
     """No profile, configuration, proxy or CA of the host reaches the command."""
     host = {
-        "AWS_PROFILE": "production", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x", "HTTPS_PROXY": "http://proxy:1",
-        "https_proxy": "http://proxy:1", "no_proxy": "*", "REQUESTS_CA_BUNDLE": "/host.pem", "HARMLESS": "kept",
+        "AWS_PROFILE": "production", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x",
+        "HTTPS_PROXY": "http://proxy:1", "https_proxy": "http://proxy:1", "no_proxy": "*",
+        "REQUESTS_CA_BUNDLE": "/host.pem", "HARMLESS": "kept",
     }  # fmt: skip
     program = "import json, os; print(json.dumps(dict(os.environ)))"
     done = nitrosim(tmp_path, "run", "--", sys.executable, "-c", program, environment=host)
@@ -167,8 +167,8 @@ def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
             lines.append(line)
         (tmp_path / "simulator.env").write_text("".join(lines))
         script = (
-            f'. ./simulator.env; "{sys.executable}" -c "{ENCRYPT}" && "{BIN}/attestor" '
-            "decrypt --any-key blob out"
+            f'. ./simulator.env; "{sys.executable}" -c "{ENCRYPT}" && '
+            f'"{BIN}/attestor" decrypt --any-key blob out'
         )
         done = subprocess.run(
             ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -178,8 +178,8 @@ def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
         assert server.wait(timeout=10) == 0
 
 
-def test_the_commands_in_the_readme(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_commands_in_the_documents(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```sh\n(echo 'the secret'.*?)```", text, re.DOTALL)
     preparation, commands = block.split("nitrosim run", 1)
     statuses = []

@@ -1,5 +1,4 @@
-"""The NSM as Python programs use it: the `Nsm` facade over every transport, against the software
-NSM.
+"""The NSM as Python programs use it: `Nsm` over every transport, against the software NSM.
 
 Each snippet runs in a process of its own, led to the software NSM by the shim: what is tested is
 the way through open and ioctl that a program in an enclave takes.
@@ -56,7 +55,8 @@ def plain(value):
     return value.hex() if isinstance(value, bytes) else dataclasses.asdict(value)
 
 def shown(error):
-    return {"operation": error.operation, "code": error.code and error.code.name, "errno": error.errno}
+    code = error.code and error.code.name
+    return {"operation": error.operation, "code": code, "errno": error.errno}
 
 def failure(call):
     try:
@@ -217,8 +217,8 @@ def test_document_holds_the_locked_pcrs_of_the_application(
     transport: str, module: SoftwareNsm, pki: NsmPki
 ) -> None:
     code = (
-        "nsm.extend_pcr(16, b'x'); nsm.extend_pcr(17, b'x'); nsm.lock_pcr(16); result = "
-        "nsm.attest()"
+        "nsm.extend_pcr(16, b'x'); nsm.extend_pcr(17, b'x'); nsm.lock_pcr(16); "
+        "result = nsm.attest()"
     )
     data = bytes.fromhex(in_enclave(transport, module, code))
     found = document.verify(data, roots=[pki.root_sha256]).document
@@ -335,7 +335,7 @@ def test_answers_of_the_wrong_type() -> None:
 
 
 def test_no_damaged_answer_raises_anything_else(pki: NsmPki) -> None:
-    """Every truncation and every bit flip of two answers: the snippet would end with a traceback."""
+    """Every truncation and bit flip of two answers: the snippet would end with a traceback."""
     module = SoftwareNsm(pki)
     requests = {
         "describe()": cbor2.dumps("DescribeNSM"),
@@ -411,7 +411,8 @@ def test_one_nsm_in_many_threads(transport: str, module: SoftwareNsm) -> None:
         with ThreadPoolExecutor(8) as pool:
             values = list(pool.map(lambda n: nsm.extend_pcr(16, bytes([n])), range(64)))
             pcrs = list(pool.map(lambda _: nsm.describe_pcr(3), range(64)))
-        result = [len(set(values)), nsm.describe_pcr(16).value in values, set(pcr.locked for pcr in pcrs) == {True}]
+        locked = set(pcr.locked for pcr in pcrs)
+        result = [len(set(values)), nsm.describe_pcr(16).value in values, locked == {True}]
     """
     assert in_enclave(transport, module, code) == [64, True, True]
 

@@ -93,9 +93,8 @@ def test_random_bytes(enclave: Enclave, size: int) -> None:
 
 @pytest.mark.parametrize("encoding", [serialization.Encoding.PEM, serialization.Encoding.DER])
 def test_a_shared_secret(enclave: Enclave, encoding: serialization.Encoding) -> None:
-    key = enclave.kms.create_key(KeySpec="ECC_NIST_P256", KeyUsage="KEY_AGREEMENT")["KeyMetadata"][
-        "Arn"
-    ]
+    made = enclave.kms.create_key(KeySpec="ECC_NIST_P256", KeyUsage="KEY_AGREEMENT")
+    key = made["KeyMetadata"]["Arn"]
     peer = ec.generate_private_key(ec.SECP256R1())
     enclave.place(
         peer.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo),
@@ -107,15 +106,14 @@ def test_a_shared_secret(enclave: Enclave, encoding: serialization.Encoding) -> 
     assert read(enclave, "out") == peer.exchange(ec.ECDH(), theirs)
 
 
-def test_the_commands_in_the_readme(enclave: Enclave) -> None:
+def test_the_commands_in_the_documents(enclave: Enclave) -> None:
     (script,) = re.findall(
         r"```sh\n(attestor generate-data-key .*?)```",
-        (ROOT / "README.md").read_text("utf-8"),
+        (ROOT / "docs" / "commands.md").read_text("utf-8"),
         re.DOTALL,
     )
-    agreement = enclave.kms.create_key(KeySpec="ECC_NIST_P384", KeyUsage="KEY_AGREEMENT")[
-        "KeyMetadata"
-    ]["Arn"]
+    made = enclave.kms.create_key(KeySpec="ECC_NIST_P384", KeyUsage="KEY_AGREEMENT")
+    agreement = made["KeyMetadata"]["Arn"]
     peer = ec.generate_private_key(ec.SECP384R1()).public_key()
     spki = peer.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -140,13 +138,19 @@ def test_an_alias_warns(enclave: Enclave) -> None:
     ("command", "part"),
     [
         (["generate-data-key", "--spec", "AES_256", "a", "b"], "no key"),
-        (["generate-data-key", "--any-key", "--key-id", "alias/x", "a", "b"], "either --spec or --bytes"),
-        (["generate-data-key", "--key-id", "alias/x", "--spec", "AES_256", "--bytes", "3", "a", "b"], "either"),
-        (["generate-data-key", "--key-id", "alias/x", "--spec", "DES", "a", "b"], "none of AES_256"),
+        (["generate-data-key", "--any-key", "--key-id", "alias/x", "a", "b"],
+         "either --spec or --bytes"),
+        (["generate-data-key", "--key-id", "alias/x", "--spec", "AES_256", "--bytes", "3",
+          "a", "b"], "either"),
+        (["generate-data-key", "--key-id", "alias/x", "--spec", "DES", "a", "b"],
+         "none of AES_256"),
         (["generate-data-key", "--key-id", "alias/x", "--bytes", "1025", "a", "b"], "1025"),
-        (["generate-data-key", "--any-key", "--key-id", "alias/x", "--bytes", "9", "a", "./a"], "file of its own"),
-        (["generate-data-key-pair", "--key-id", "alias/x", "--spec", "DSA", "a", "b", "c"], "none of RSA_2048"),
-        (["generate-data-key-pair", "--key-id", "alias/x", "a", "b", "c"], "missing option '--spec'"),
+        (["generate-data-key", "--any-key", "--key-id", "alias/x", "--bytes", "9", "a", "./a"],
+         "file of its own"),
+        (["generate-data-key-pair", "--key-id", "alias/x", "--spec", "DSA", "a", "b", "c"],
+         "none of RSA_2048"),
+        (["generate-data-key-pair", "--key-id", "alias/x", "a", "b", "c"],
+         "missing option '--spec'"),
         (["generate-random", "0", "a"], "0"),
         (["generate-random", "1025", "a"], "1025"),
         (["derive-shared-secret", "--key-id", "alias/x", "absent", "a"], "cannot be read"),

@@ -136,8 +136,8 @@ def test_a_full_disk(ready: Enclave, namespaces: None) -> None:
     run = unshared(
         ready,
         "mkdir full && mount -t tmpfs -o size=8k none full && "
-        "{ cat /dev/zero > full/filler 2>/dev/null; attestor blob full/out; status=$?; ls -A "
-        "full; exit $status; }",
+        "{ cat /dev/zero > full/filler 2>/dev/null; attestor blob full/out; status=$?; "
+        "ls -A full; exit $status; }",
     )
     assert (run.status, run.out) == (7, b"filler\n")
     assert "No space left on device" in run.error
@@ -265,8 +265,8 @@ def test_standard_output_that_is_closed_or_full(ready: Enclave) -> None:
 def test_the_core_limit_is_zero(ready: Enclave, tmp_path: Path) -> None:
     program = (
         "import attestor, resource, sys\n"
-        "attestor.cli.main = lambda: print(resource.getrlimit(resource.RLIMIT_CORE)) or "
-        "sys.exit(0)\n"
+        "attestor.cli.main = lambda: "
+        "print(resource.getrlimit(resource.RLIMIT_CORE)) or sys.exit(0)\n"
         "attestor.main()"
     )
     run = ready.run(

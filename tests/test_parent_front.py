@@ -1,6 +1,4 @@
-"""The parent's side: bytes forwarded both ways, status lines collected; over TCP here, over vsock
-in a VM.
-"""
+"""The parent's side: bytes forwarded, status lines collected; here over TCP, in a VM over vsock."""
 
 from __future__ import annotations
 
@@ -29,7 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE: Final = 10.0
 HOSTS_OWN: Final = [  # what an enclave is not told by its environment
-    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+    "AWS_REGION", "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL_S3", "AWS_EC2_METADATA_SERVICE_ENDPOINT",
 ]  # fmt: skip
 
@@ -153,9 +152,7 @@ def test_a_server_that_resets() -> None:
 
 
 def test_the_end_waits_for_nobody() -> None:
-    """Neither for a client that says nothing, nor for a server that never closes, nor for a
-    half-sent status line.
-    """
+    """Neither for a silent client, nor a server that never closes, nor a half-sent status line."""
     before = threading.active_count()
     stubborn, port = listening()
     lines: list[str] = []
@@ -222,8 +219,8 @@ def test_status_lines() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"\n", b"text\n", b"[1]\n", b"1", b"{", b"\xff\xfe\n", b'{"a": 1}\n{"b": 2}\n', b'{"a": 1}\n\n', b"[" * 4000,
-     b"\x1b]0;title\x07"],
+    [b"\n", b"text\n", b"[1]\n", b"1", b"{", b"\xff\xfe\n", b'{"a": 1}\n{"b": 2}\n',
+     b'{"a": 1}\n\n', b"[" * 4000, b"\x1b]0;title\x07"],
 )  # fmt: skip
 def test_lines_that_are_none(line: bytes) -> None:
     assert told(line) == [{"unreadable": line.decode("utf-8", "backslashreplace")}]
@@ -340,9 +337,7 @@ context = {{ node = "${{NODE}}" }}
 
 @pytest.mark.vm
 def test_a_world_behind_vsock(tmp_path: Path) -> None:
-    """What an enclave does: credentials and a tag of the instance, a blob from S3 and KMS, all
-    through the parent.
-    """
+    """What an enclave does through the parent: credentials, a tag, a blob from S3, and KMS."""
     with World(vsock=True, tags={"mpa-node": "3"}) as world:
         with dial_vsock(8003) as client:
             client.sendall(b'{"version": 1, "step": "network", "status": 0}\n')

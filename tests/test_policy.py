@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsm.policy import (
+from keypolicy import (
     ATTESTATION,
     RECIPIENT_ACTIONS,
     Bind,
@@ -94,9 +94,7 @@ NO_DOCUMENT: Final[Json] = {"pcrs": None}
 
 
 def allow(**condition: Json) -> list[Json]:
-    """One Allow with these condition operators, in which _ stands for the colon after a set
-    operator.
-    """
+    """One Allow with these condition operators; _ stands for the colon after a set operator."""
     return [statement({name.replace("_", ":"): keys for name, keys in condition.items()})]
 
 

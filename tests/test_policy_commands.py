@@ -12,9 +12,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from attestor_commands.report import WIDTH
+from keypolicy import NOT_EVALUATED, pcr_of_certificate, pcr_of_instance, pcr_of_role
 from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS
-from nsm.policy import NOT_EVALUATED, pcr_of_certificate, pcr_of_instance, pcr_of_role
-from nsm.report import WIDTH
 from tests.test_evidence import command, refused, report
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def place(folder: Path, policy: Json, name: str = "policy.json") -> str:
 
 def test_what_is_rendered_is_found_without_fault(enclave: Enclave) -> None:
     shell = (
-        f'{sys.executable} -m attestor policy render "$@" 2>/dev/null | {sys.executable} -m '
-        "attestor policy check -"
+        f'{sys.executable} -m attestor policy render "$@" 2>/dev/null | '
+        f"{sys.executable} -m attestor policy check -"
     )
     encryptor = f"arn:aws:iam::{ACCOUNT}:user/ci"
     options = ["--encryptor", encryptor, "--pcr", f"0={PCR[0]}", "--bind", f"node=3:{ROLE}"]
@@ -223,17 +223,21 @@ def policy_of(*statements: Json) -> Json:
 @pytest.mark.parametrize(
     ("statement", "code", "part"),
     [
-        (attested(key="kms:RecipientAttestation:PCR00"), "key", "did you mean kms:RecipientAttestation:PCR0?"),
+        (attested(key="kms:RecipientAttestation:PCR00"), "key",
+         "did you mean kms:RecipientAttestation:PCR0?"),
         (attested("0" * 96), "zero_pcr", "debug mode"),
         (attested("0x" + OTHER), "pcr_prefix", "drop the 0x"),
         (attested(OTHER[:64]), "pcr_length", "expected 96"),
-        (attested(Condition={"StringEquals": {f"{KEY}0": OTHER.upper()}}), "pcr_case", "lower case"),
+        (attested(Condition={"StringEquals": {f"{KEY}0": OTHER.upper()}}), "pcr_case",
+         "lower case"),
         (attested(Condition={}), "unattested", "without an attestation document"),
-        (attested(Principal={"AWS": ROOT}, Action="kms:*", Condition={}), "root_everything", "root"),
-        (attested(Condition={"StringEqualsIfExists": {f"{KEY}0": OTHER}}), "vacuous", "StringEqualsIgnoreCase"),
+        (attested(Principal={"AWS": ROOT}, Action="kms:*", Condition={}), "root_everything",
+         "root"),
+        (attested(Condition={"StringEqualsIfExists": {f"{KEY}0": OTHER}}), "vacuous",
+         "StringEqualsIgnoreCase"),
         (attested(Principal="*"), "wildcard_principal", "everyone"),
-        (attested(Action=["kms:Decrypt", "kms:Encrypt"]), "never_attested", ("kms:Encrypt takes "
-                                                                            "no attestation")),
+        (attested(Action=["kms:Decrypt", "kms:Encrypt"]), "never_attested",
+         "kms:Encrypt takes no attestation"),
     ],
 )  # fmt: skip
 def test_check_finds_what_is_open(tmp_path: Path, statement: Json, code: str, part: str) -> None:
@@ -419,11 +423,14 @@ def decide(enclave: Enclave, policy: Json, *context: str) -> tuple[int, int]:
 POLICIES: Final[dict[str, tuple[list[Json], tuple[int, int]]]] = {
     "the right image": ([attested(PCR[0])], (0, 0)),
     "upper case": ([attested(PCR[0].upper())], (0, 0)),
-    "upper case, case-sensitive": ([attested(Condition={"StringEquals": {f"{KEY}0": PCR[0].upper()}})], (4, 4)),
+    "upper case, case-sensitive": (
+        [attested(Condition={"StringEquals": {f"{KEY}0": PCR[0].upper()}})], (4, 4),
+    ),
     "another image": ([attested()], (4, 4)),
     "either image": ([attested(), attested(PCR[0])], (0, 0)),
     "two PCRs, one wrong": (
-        [attested(Condition={"StringEqualsIgnoreCase": {f"{KEY}0": PCR[0], f"{KEY}1": OTHER}})], (4, 4),
+        [attested(Condition={"StringEqualsIgnoreCase": {f"{KEY}0": PCR[0], f"{KEY}1": OTHER}})],
+        (4, 4),
     ),
     "ImageSha384": ([attested(PCR[0], "kms:RecipientAttestation:ImageSha384")], (0, 0)),
     "another role": ([attested(PCR[0], Principal={"AWS": ADMIN})], (4, 4)),
@@ -436,8 +443,12 @@ POLICIES: Final[dict[str, tuple[list[Json], tuple[int, int]]]] = {
         [attested(PCR[0]), deny(StringNotEqualsIgnoreCase={f"{KEY}0": PCR[0]})], (0, 0),
     ),
     "Null": ([attested(Condition={"Null": {f"{KEY}0": "false"}})], (0, 0)),
-    "the right context": ([attested(Condition={"StringEquals": {"kms:EncryptionContext:node": "3"}})], (0, 0)),
-    "another context": ([attested(Condition={"StringEquals": {"kms:EncryptionContext:node": "4"}})], (4, 4)),
+    "the right context": (
+        [attested(Condition={"StringEquals": {"kms:EncryptionContext:node": "3"}})], (0, 0),
+    ),
+    "another context": (
+        [attested(Condition={"StringEquals": {"kms:EncryptionContext:node": "4"}})], (4, 4),
+    ),
     "an unknown operator": ([attested(Condition={"StringResembles": {f"{KEY}0": PCR[0]}})], (8, 4)),
     "a deny with an unknown operator": (
         [attested(PCR[0]), deny(StringResembles={f"{KEY}0": OTHER})], (8, 4),
@@ -479,7 +490,7 @@ def test_a_rendered_policy_lets_the_matching_enclave_through_and_no_other(
 
 
 def test_a_rendered_policy_from_end_to_end(enclaves: Callable[..., Enclave]) -> None:
-    """Encrypted by the encryptor's statement, decrypted by the enclave, refused without a document."""
+    """Encrypted by the encryptor's statement, decrypted by an enclave, refused without document."""
     encryptor = f"arn:aws:iam::{ACCOUNT}:role/encryptor"
     policy = render(*RENDERED, "--encryptor", encryptor)
     blob_policy = policy | {

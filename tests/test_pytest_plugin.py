@@ -24,8 +24,10 @@ import nsm
 
 
 def test_a_subprocess(nitrosim_environment, nitrosim_world, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "attestor", "generate-random", "16", "-"], env=nitrosim_environment,
-        capture_output=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "attestor", "generate-random", "16", "-"]
+    done = subprocess.run(
+        command, env=nitrosim_environment, capture_output=True, cwd=tmp_path
+    )
     assert (done.returncode, len(done.stdout)) == (0, 16), done.stderr
     assert nitrosim_environment["AWS_ENDPOINT_URL_KMS"] == nitrosim_world.url
 
@@ -40,11 +42,12 @@ def test_everything_is_as_it_was():
 """
 
 
-def test_the_example_in_the_readme(tmp_path: Path) -> None:
-    """In a pytest of its own, which finds the plugin by its module as an installed one is found by
-    its entry point.
+def test_the_example_in_the_documents(tmp_path: Path) -> None:
+    """In a pytest of its own.
+
+    It finds the plugin by its module, as an installed one is found by its entry point.
     """
-    (example,) = EXAMPLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    (example,) = EXAMPLE.findall((ROOT / "docs" / "testing.md").read_text(encoding="utf-8"))
     (tmp_path / "test_example.py").write_text(example + MORE, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestor_io.refusal import HINTS_MAX, Refusal, clock_skew, explain
 from nitrosim.kms import default_policy
 from nitrosim.module import DEFAULT_PCRS
-from nsm.refusal import HINTS_MAX, Refusal, clock_skew, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +123,7 @@ def test_a_skewed_clock(enclaves: Callable[..., Enclave]) -> None:
             "invalid-signature",
             "the secret key is wrong, or the clock is more than five minutes off",
         ),
-        ("not-found", "there is no such key in this region and in the account of the credentials"),
+        ("not-found", "there is no such key in this region and in the credentials' account"),
         ("invalid-ciphertext", "the ciphertext is damaged, or was made with another --context"),
         ("incorrect-key", "the ciphertext was made with another key than --key-id names"),
         ("validation", "attestor doctor checks everything"),
@@ -161,14 +161,18 @@ def test_credentials_that_say_themselves_that_they_are_expired(enclave: Enclave)
 def denied(message: str, **members: Any) -> tuple[str, ...]:
     """The hints for an AccessDeniedException with this message."""
     default: dict[str, Any] = {
-        "code": "AccessDeniedException", "document": b"", "key_id": None, "context": (), "skew": None,
-    }  # fmt: skip
+        "code": "AccessDeniedException",
+        "pcrs": {},
+        "key_id": None,
+        "context": (),
+        "skew": None,
+    }
     return explain(Refusal(message=message, **(default | members)))[1]
 
 
 WHO: Final = (
-    "User: arn:aws:sts::111122223333:assumed-role/enclave/i-1 is not authorized to "
-    "perform: kms:Decrypt on "
+    "User: arn:aws:sts::111122223333:assumed-role/enclave/i-1 "
+    "is not authorized to perform: kms:Decrypt on "
 )
 WHAT: Final = "resource: arn:aws:kms:eu-west-1:{}:key/1234abcd-12ab-34cd-56ef-1234567890ab "
 
@@ -176,32 +180,33 @@ WHAT: Final = "resource: arn:aws:kms:eu-west-1:{}:key/1234abcd-12ab-34cd-56ef-12
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("because no resource-based policy allows the kms:Decrypt action", ("no statement of the "
-                                                                           "key policy allows")),
-        ("because no identity-based policy allows the kms:Decrypt action", ("the identity policy "
-                                                                           "of the role allows")),
-        ("because no permissions boundary allows the kms:Decrypt action", "the permissions boundary of the role"),
+        ("because no resource-based policy allows the kms:Decrypt action",
+         "no statement of the key policy allows"),
+        ("because no identity-based policy allows the kms:Decrypt action",
+         "the identity policy of the role allows"),
+        ("because no permissions boundary allows the kms:Decrypt action",
+         "the permissions boundary of the role"),
         ("because no session policy allows the kms:Decrypt action", "the policy of this session"),
-        ("because no service control policy allows the kms:Decrypt action", ("no service control "
-                                                                            "policy")),
-        ("because no VPC endpoint policy allows the kms:Decrypt action", ("the policy of the VPC "
-                                                                         "endpoint")),
+        ("because no service control policy allows the kms:Decrypt action",
+         "no service control policy"),
+        ("because no VPC endpoint policy allows the kms:Decrypt action",
+         "the policy of the VPC endpoint"),
         ("with an explicit deny in a resource-based policy", "a Deny of the key policy holds"),
-        ("with an explicit deny in an identity-based policy", ("a Deny in an identity policy of "
-                                                              "the role holds")),
-        ("with an explicit deny in a service control policy", ("a service control policy of the "
-                                                              "organization denies")),
-        ("with an explicit deny in a resource control policy", ("a resource control policy of the "
-                                                               "organization denies")),
-        ("with an explicit deny in a permissions boundary", ("the permissions boundary of the "
-                                                            "role denies")),
+        ("with an explicit deny in an identity-based policy",
+         "a Deny in an identity policy of the role holds"),
+        ("with an explicit deny in a service control policy",
+         "a service control policy of the organization denies"),
+        ("with an explicit deny in a resource control policy",
+         "a resource control policy of the organization denies"),
+        ("with an explicit deny in a permissions boundary",
+         "the permissions boundary of the role denies"),
         ("with an explicit deny in a session policy", "the policy of this session denies"),
         ("with an explicit deny in a VPC endpoint policy", "the policy of the VPC endpoint denies"),
         ("with an explicit deny", "a policy denies it explicitly"),
-        ("a customer master key that does not exist in this region", ("the key is in another "
-                                                                     "region or account")),
-        ("because the resource does not exist in this Region", ("the key is in another region or "
-                                                               "account")),
+        ("a customer master key that does not exist in this region",
+         "the key is in another region or account"),
+        ("because the resource does not exist in this Region",
+         "the key is in another region or account"),
         ("", "the key policy must allow this role"),
     ],
 )  # fmt: skip
@@ -224,7 +229,7 @@ def test_a_call_without_a_document_has_no_pcrs() -> None:
     refusal = Refusal(
         code="AccessDeniedException",
         message="",
-        document=None,
+        pcrs=None,
         key_id="alias/x",
         context=(),
         skew=None,
@@ -253,14 +258,12 @@ def test_clock_skew() -> None:
         assert clock_skew(date, NOW) is None
 
 
-@given(st.text(), st.text(), st.binary(max_size=64))
+@given(st.text(), st.text(), st.dictionaries(st.integers(0, 31), st.binary(max_size=64)))
 def test_whatever_kms_says_there_are_notes_and_at_most_two_hints(
-    code: str, message: str, document: bytes
+    code: str, message: str, pcrs: dict[int, bytes]
 ) -> None:
     notes, hints = explain(
-        Refusal(
-            code=code, message=message, document=document, key_id=None, context=("a",), skew=0.0
-        )
+        Refusal(code=code, message=message, pcrs=pcrs, key_id=None, context=("a",), skew=0.0)
     )
     assert notes
     assert len(hints) <= HINTS_MAX

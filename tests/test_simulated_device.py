@@ -1,6 +1,4 @@
-"""The software NSM, byte by byte, and the shim that puts it behind /dev/nsm for programs in any
-language.
-"""
+"""The software NSM, byte by byte, and the shim that is /dev/nsm for programs in any language."""
 
 from __future__ import annotations
 
@@ -81,8 +79,8 @@ GOLDEN: Final = {
     ),
     "DescribeNSM": (
         DESCRIBE_NSM,
-        "a16b44657363726962654e534da76d76657273696f6e5f6d616a6f72016d76657273696f6e5f6d696e6f72006d76657273696f6e5f"
-        "706174636800696d6f64756c655f69647827"
+        "a16b44657363726962654e534da76d76657273696f6e5f6d616a6f7201"
+        "6d76657273696f6e5f6d696e6f72006d76657273696f6e5f706174636800696d6f64756c655f69647827"
         + DEFAULT_MODULE_ID.encode().hex()
         + "686d61785f7063727318206b6c6f636b"
         "65645f7063727390000102030405060708090a0b0c0d0e0f6664696765737466534841333834",
@@ -244,9 +242,7 @@ def test_document_carries_the_clock() -> None:
 
 
 def test_certificates_are_renewed() -> None:
-    """Over two days of a served simulator every document verifies at its own time, against the same
-    root.
-    """
+    """Over two days of a served simulator every document verifies at its time, by the same root."""
     now = NOW
     module = SoftwareNsm(PKI, clock=lambda: now)
     leaves = set()
@@ -266,12 +262,10 @@ def test_documents_that_must_not_verify(fault: str) -> None:
 
 
 def test_faults_of_the_public_key() -> None:
-    missing = payload_of(attest(SoftwareNsm(PKI, fault="no-public-key"), public_key=b"key"))[
-        "public_key"
-    ]
-    other = payload_of(attest(SoftwareNsm(PKI, fault="other-public-key"), public_key=b"key"))[
-        "public_key"
-    ]
+    missing, other = (
+        payload_of(attest(SoftwareNsm(PKI, fault=fault), public_key=b"key"))["public_key"]
+        for fault in ("no-public-key", "other-public-key")
+    )
     assert missing is None
     assert len(other) == 294  # an RSA-2048 SubjectPublicKeyInfo
 
@@ -369,7 +363,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 COMMAND = 0xC0200A00
 
 class Raw(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("request", "request_len", "response", "response_len")]
+    _fields_ = [
+        (name, ctypes.c_uint64) for name in ("request", "request_len", "response", "response_len")
+    ]
 
 def ioctl(fd, command, argument):
     ctypes.set_errno(0)
@@ -420,11 +416,13 @@ C_PROGRAM: Final = r"""
 int main(void)
 {
 	static uint8_t answer[12288];
-	char request[] = "\xa1\x6b" "Attestation" "\xa3\x69user_data\xf6\x65nonce\xf6\x6apublic_key\xf6";
+	char request[] = "\xa1\x6b" "Attestation"
+		"\xa3\x69user_data\xf6\x65nonce\xf6\x6apublic_key\xf6";
 	struct { void *request; uint64_t size; void *answer; uint64_t room; } raw =
 		{ request, sizeof request - 1, answer, sizeof answer };
 	int fd = open("/dev/nsm", O_RDWR);
-	return fd < 0 || ioctl(fd, _IOC(_IOC_READ | _IOC_WRITE, 0x0a, 0, 32), &raw) || !fwrite(answer, raw.room, 1, stdout);
+	return fd < 0 || ioctl(fd, _IOC(_IOC_READ | _IOC_WRITE, 0x0a, 0, 32), &raw) ||
+		!fwrite(answer, raw.room, 1, stdout);
 }
 """
 
@@ -454,7 +452,8 @@ int main(int count, char **names)
     int flags = O_RDWR;
     for (int i = 1; i < count; i++) {
         const char *p = names[i];
-        printf("%d%d%d%d%d%d%d%d ", open(p, flags) >= 0, open64(p, flags) >= 0, __open_2(p, flags) >= 0,
+        printf("%d%d%d%d%d%d%d%d ",
+               open(p, flags) >= 0, open64(p, flags) >= 0, __open_2(p, flags) >= 0,
                __open64_2(p, flags) >= 0, openat(-1, p, flags) >= 0, openat64(-1, p, flags) >= 0,
                __openat_2(-1, p, flags) >= 0, __openat64_2(-1, p, flags) >= 0);
     }
@@ -486,11 +485,13 @@ def test_shim_compiles_without_a_warning(tmp_path: Path) -> None:
 def test_looks_like_a_character_device(device: SimulatedDevice) -> None:
     code = """
         fd = os.open("/dev/nsm", os.O_RDWR)
-        found = [os.stat("/dev/nsm"), os.lstat("/dev/nsm"), os.stat("/dev/nsm", dir_fd=fd), os.fstat(fd)]
+        found = [os.stat("/dev/nsm"), os.lstat("/dev/nsm")]
+        found += [os.stat("/dev/nsm", dir_fd=fd), os.fstat(fd)]
         access = [os.access("/dev/nsm", mode) for mode in (os.F_OK, os.R_OK | os.W_OK, os.X_OK)]
         access += [os.access("/dev/nsm", os.R_OK, effective_ids=True)]
         with open("/dev/nsm", "r+") as file:
-            print(json.dumps([[status.st_mode for status in found], access, file.isatty(), os.lseek(fd, 0, 0)]))
+            modes = [status.st_mode for status in found]
+            print(json.dumps([modes, access, file.isatty(), os.lseek(fd, 0, 0)]))
     """
     assert run(device, code) == [[stat.S_IFCHR | 0o666] * 4, [True, True, False, True], False, 0]
 
@@ -519,7 +520,8 @@ def test_open_flags(device: SimulatedDevice) -> None:
             return bool(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)
 
         libc.open(b"/dev/nsm", os.O_RDWR)
-        raw = [fcntl.fcntl(libc.open(b"/dev/nsm", os.O_RDWR | flag), fcntl.F_GETFD) for flag in (0, os.O_CLOEXEC)]
+        raw = [fcntl.fcntl(libc.open(b"/dev/nsm", os.O_RDWR | flag), fcntl.F_GETFD)
+               for flag in (0, os.O_CLOEXEC)]
         print(json.dumps([attempt(os.O_RDWR), attempt(os.O_RDONLY | os.O_DIRECTORY),
                           attempt(os.O_RDWR | os.O_CREAT | os.O_EXCL), raw]))
     """
@@ -531,7 +533,8 @@ def test_answer_and_its_length() -> None:
     code = """
         fd = os.open("/dev/nsm", os.O_RDWR)
         found = [ask(fd, b"question", room) for room in (12288, 6, 5, 0, 2**64 - 1)]
-        print(json.dumps([(outcome, length, answer[:7].hex()) for outcome, length, answer in found]))
+        shown = [(outcome, length, answer[:7].hex()) for outcome, length, answer in found]
+        print(json.dumps(shown))
     """
     whole = ["done", 6, b"answer\xee".hex()]
     assert in_enclave(module, code) == [
@@ -549,7 +552,8 @@ def test_largest_request_and_answer() -> None:
     code = """
         fd = os.open("/dev/nsm", os.O_RDWR)
         found = [ask(fd, bytes(size)) for size in (4096, 4097, 0)]
-        print(json.dumps([(outcome, length, answer == b"\\x11" * 12288) for outcome, length, answer in found]))
+        whole = b"\\x11" * 12288
+        print(json.dumps([(outcome, length, answer == whole) for outcome, length, answer in found]))
     """
     assert in_enclave(module, code) == [
         ["done", 12288, True],
@@ -566,17 +570,16 @@ def test_bad_pointers() -> None:
         good = ctypes.create_string_buffer(64)
         address = ctypes.addressof(good)
         libc.mmap.restype = ctypes.c_void_p
-        read_only = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        read_only = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, flags, -1, 0)
         raws = [Raw(8, 8, address, 64), Raw(address, 8, 8, 64), Raw(address, 8, read_only, 64)]
         found = [ioctl(fd, COMMAND, ctypes.byref(raw)) for raw in raws]
         found += [ioctl(fd, COMMAND, ctypes.c_void_p(bad)) for bad in (0, 8, 2**64 - 8)]
         found += [ioctl(fd, COMMAND, ctypes.c_void_p(read_only))]
         print(json.dumps(found))
     """
-    assert in_enclave(Answers(), code) == [
-        *["EFAULT"] * 6,
-        "EINVAL",
-    ]  # the last is a zeroed nsm_raw
+    # the last is a zeroed nsm_raw
+    assert in_enclave(Answers(), code) == [*["EFAULT"] * 6, "EINVAL"]
 
 
 def test_other_ioctls(device: SimulatedDevice) -> None:
@@ -584,7 +587,8 @@ def test_other_ioctls(device: SimulatedDevice) -> None:
         import termios
         fd = os.open("/dev/nsm", os.O_RDWR)
         space = ctypes.create_string_buffer(256)
-        found = [ioctl(fd, command, space) for command in (0xC0200A01, 0xC0100A00, 0x5401, termios.FIONREAD)]
+        commands = (0xC0200A01, 0xC0100A00, 0x5401, termios.FIONREAD)
+        found = [ioctl(fd, command, space) for command in commands]
         os.set_inheritable(fd, True)
         found += [os.isatty(fd), os.get_inheritable(fd)]
         with open("/dev/null") as null:
@@ -624,10 +628,12 @@ def test_every_other_file_is_left_alone(device: SimulatedDevice, tmp_path: Path)
         with tempfile.TemporaryFile(dir=path.parent) as unnamed:
             unnamed.write(b"x")
         print(json.dumps([
-            oct(path.stat().st_mode), path.read_text(), os.lseek(inside, 3, 0), os.read(inside, 9).decode(),
-            os.fstat(inside).st_size, struct.unpack("i", waiting)[0], stat.S_ISSOCK(os.fstat(ends[0].fileno()).st_mode),
-            [refused(os.lseek, ends[0].fileno(), 0, 0), refused(os.stat, "/dev/nsm/x"), refused(os.open, "/nowhere", 0),
-             refused(os.stat, "/dev/nsm2"), refused(os.open, "/dev/nsm", os.O_RDWR | os.O_DIRECTORY)],
+            oct(path.stat().st_mode), path.read_text(),
+            os.lseek(inside, 3, 0), os.read(inside, 9).decode(), os.fstat(inside).st_size,
+            struct.unpack("i", waiting)[0], stat.S_ISSOCK(os.fstat(ends[0].fileno()).st_mode),
+            [refused(os.lseek, ends[0].fileno(), 0, 0), refused(os.stat, "/dev/nsm/x"),
+             refused(os.open, "/nowhere", 0), refused(os.stat, "/dev/nsm2"),
+             refused(os.open, "/dev/nsm", os.O_RDWR | os.O_DIRECTORY)],
             libc.open(None, 0), os.access(path, os.X_OK),
         ]))
     """
@@ -656,10 +662,10 @@ def test_without_the_variable_everything_is_left_alone(device: SimulatedDevice) 
 def test_after_fork_dup_and_exec_and_in_threads() -> None:
     module = Answers(b"answer")
     child = (
-        "from nsm.device import Device; device = Device.__new__(Device); device._fd = "
-        "int(__import__('sys').argv[1]);"
+        "from nsm.device import Device; device = Device.__new__(Device); "
+        "device._fd = int(__import__('sys').argv[1]);"
+        "print(device._exchange('x', b'exec'))"
     )
-    child += "print(device._exchange('x', b'exec'))"
     code = f"""
         fd = os.open("/dev/nsm", os.O_RDWR)
         pid = os.fork()
@@ -670,9 +676,11 @@ def test_after_fork_dup_and_exec_and_in_threads() -> None:
         fd = os.open("/dev/nsm", os.O_RDWR)
         os.set_inheritable(fd, True)
         command = [sys.executable, "-c", {child!r}, str(fd)]
-        found.append(subprocess.run(command, close_fds=False, capture_output=True, text=True).stdout.strip())
+        done = subprocess.run(command, close_fds=False, capture_output=True, text=True)
+        found.append(done.stdout.strip())
         outcomes = []
-        threads = [threading.Thread(target=lambda: outcomes.append(ask(fd, b"thread")[0])) for _ in range(8)]
+        ask_too = lambda: outcomes.append(ask(fd, b"thread")[0])
+        threads = [threading.Thread(target=ask_too) for _ in range(8)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         print(json.dumps([*found, outcomes]))
@@ -691,16 +699,15 @@ def test_descriptor_that_became_another_file(device: SimulatedDevice) -> None:
 
 
 def test_eight_processes_of_eight_threads() -> None:
-    """What each asks for comes back to it: PCR 16 is extended once for each request, and no value
-    is given twice.
-    """
+    """Each gets what it asked for: PCR 16 is extended once a request, no value is given twice."""
     module = SoftwareNsm(PKI)
     code = """
         from concurrent.futures import ThreadPoolExecutor
         from nsm import Nsm
         from nsm.device import Device
         with Nsm(Device()) as module, ThreadPoolExecutor(8) as pool:
-            print(json.dumps([value.hex() for value in pool.map(lambda _: module.extend_pcr(16, b"x"), range(32))]))
+            values = pool.map(lambda _: module.extend_pcr(16, b"x"), range(32))
+            print(json.dumps([value.hex() for value in values]))
     """
     with SimulatedDevice(module) as shared, ThreadPoolExecutor(8) as pool:
         values = [

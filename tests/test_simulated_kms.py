@@ -1,5 +1,4 @@
-"""The simulated KMS: what it gives, what it refuses, what it can do wrong, and the envelopes it
-writes.
+"""The simulated KMS: what it gives, refuses and can do wrong, and the envelopes it writes.
 
 Through a botocore client over TLS wherever a client can see it; below that only where a client
 would hide it.
@@ -34,13 +33,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from keypolicy import PolicyError
 from nitrosim import envelope, kms, kms_faults, server
 from nitrosim.kms import AttestedKms
 from nitrosim.kms_wire import KmsError, Parameters
 from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS, SoftwareNsm
 from nitrosim.pki import NsmPki
 from nitrosim.server import HttpsServer
-from nsm.policy import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,9 +69,8 @@ def spki_of(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
 
 def document_of(nsm: SoftwareNsm, public_key: bytes | None) -> bytes:
     fields = {"user_data": None, "nonce": None, "public_key": public_key}
-    document = cbor2.loads(nsm.answer(cbor2.dumps({"Attestation": fields})))["Attestation"][
-        "document"
-    ]
+    answer = cbor2.loads(nsm.answer(cbor2.dumps({"Attestation": fields})))
+    document = answer["Attestation"]["document"]
     assert isinstance(document, bytes)
     return document
 
@@ -325,9 +323,8 @@ def test_two_simulators_share_no_key(fresh: Service, client: KMSClient) -> None:
 
 
 def test_re_encryption_moves_a_secret_to_another_context(unguarded: KMSClient) -> None:
-    sealed = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"v": "1"})[
-        "CiphertextBlob"
-    ]
+    answer = unguarded.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"v": "1"})
+    sealed = answer["CiphertextBlob"]
     moved = unguarded.re_encrypt(
         CiphertextBlob=sealed,
         SourceEncryptionContext={"v": "1"},
@@ -349,12 +346,8 @@ def test_rsa_ciphertexts_are_rsa(fresh: Service, algorithm: Any) -> None:
     assert described["KeyId"].endswith(f":key/{made}")
     digest: hashes.HashAlgorithm = hashes.SHA1() if algorithm.endswith("_1") else hashes.SHA256()  # noqa: S303
     sealed = public_key.encrypt(SECRET, padding.OAEP(padding.MGF1(digest), digest, None))
-    for blob in (
-        sealed,
-        client.encrypt(KeyId=made, Plaintext=SECRET, EncryptionAlgorithm=algorithm)[
-            "CiphertextBlob"
-        ],
-    ):
+    answer = client.encrypt(KeyId=made, Plaintext=SECRET, EncryptionAlgorithm=algorithm)
+    for blob in (sealed, answer["CiphertextBlob"]):
         opened = client.decrypt(CiphertextBlob=blob, KeyId=made, EncryptionAlgorithm=algorithm)
         assert (opened["Plaintext"], opened["EncryptionAlgorithm"]) == (SECRET, algorithm)
         assert "KeyMaterialId" not in opened
@@ -513,9 +506,8 @@ def test_members_out_of_bounds_are_refused(
 
 
 def test_the_right_key_of_the_wrong_kind_is_refused(unguarded: KMSClient) -> None:
-    made = unguarded.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"][
-        "KeyId"
-    ]
+    answer = unguarded.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")
+    made = answer["KeyMetadata"]["KeyId"]
     with refused("InvalidKeyUsageException"):
         unguarded.encrypt(KeyId=made, Plaintext=SECRET)
     with refused("InvalidKeyUsageException"):
@@ -598,8 +590,8 @@ def test_shared_secrets_are_sealed(
 
 def test_secrets_need_a_document(client: KMSClient, service: Service, blob: bytes) -> None:
     text = (
-        f"User: {service.app.principal} is not authorized to perform: kms:Decrypt on resource: "
-        f"{service.app.key_arn} "
+        f"User: {service.app.principal} is not authorized to perform: kms:Decrypt "
+        f"on resource: {service.app.key_arn} "
         "because no resource-based policy allows the kms:Decrypt action"
     )
     with refused("AccessDeniedException", text):
@@ -668,9 +660,8 @@ def test_a_document_cures_neither_key_nor_context_nor_blob(
     fresh: Service, recipient: RecipientInfoTypeDef
 ) -> None:
     client = fresh.client()
-    sealed = client.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"node": "3"})[
-        "CiphertextBlob"
-    ]
+    answer = client.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionContext={"node": "3"})
+    sealed = answer["CiphertextBlob"]
     with refused("InvalidCiphertextException"):
         client.decrypt(CiphertextBlob=sealed, EncryptionContext={"node": "4"}, Recipient=recipient)
     with refused("InvalidCiphertextException"):
@@ -1162,9 +1153,8 @@ def test_the_service_writes_the_form_asked_for(
     tmp_path: Path, pki: NsmPki, key: rsa.RSAPrivateKey, recipient: RecipientInfoTypeDef, form: str
 ) -> None:
     with running(tmp_path, pki, envelope=form) as service:
-        answer = service.client().generate_random(NumberOfBytes=32, Recipient=recipient)[
-            "CiphertextForRecipient"
-        ]
+        random = service.client().generate_random(NumberOfBytes=32, Recipient=recipient)
+    answer = random["CiphertextForRecipient"]
     reference = envelope.seal(bytes(32), spki_of(key), form)
     assert (len(answer), answer[:60]) == (len(reference), reference[:60])
     assert len(open_with_openssl(answer, key, tmp_path)) == 32
@@ -1187,9 +1177,7 @@ def test_envelopes_have_the_structure_of_genuine_ones(name: str, form: str) -> N
 
 
 def _masked(sealed: bytes, key: rsa.RSAPrivateKey) -> bytes:
-    """Everything that is not random: encrypted key, IV and content are blanked, structure and
-    lengths are not.
-    """
+    """All that is not random: encrypted key, IV and content blanked, structure and lengths kept."""
     content = cms.ContentInfo.load(sealed)["content"]
     (recipient,) = content["recipient_infos"]
     inner = content["encrypted_content_info"]

@@ -1,6 +1,4 @@
-"""vsock as the way to KMS, S3 and the metadata service: on the host over TCP or a socket pair in
-its place.
-"""
+"""vsock as the way to KMS, S3 and metadata: on the host over TCP or a socket pair instead."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import botocore.session
 import pytest
 
 from attestor import InputError
-from injection import vsock
+from attestor_io import vsock
 from tests.conftest import Run
 
 if TYPE_CHECKING:
@@ -36,8 +34,11 @@ PROXY: Final[dict[str, str | None]] = {
 }
 
 
-@pytest.mark.parametrize("text", ["", "3", "3:", ":8000", "3:8000:1", "-1:8000", "0:8000", "3:0", "x:1", "4294967295:1",
-                                  "3:4294967295", "3:99999999999", "3 :8", "\u0663:8000"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "3:", ":8000", "3:8000:1", "-1:8000", "0:8000", "3:0", "x:1", "4294967295:1",
+     "3:4294967295", "3:99999999999", "3 :8", "\u0663:8000"],
+)  # fmt: skip
 def test_no_address(text: str) -> None:
     with pytest.raises(InputError, match="no vsock address"):
         vsock.parse_address(text)
@@ -168,7 +169,7 @@ def test_refused_and_unreachable(enclave: Enclave) -> None:
 
 HOST: Final = """
 import socket, attestor
-from injection import vsock
+from attestor_io import vsock
 vsock.dial = lambda address, timeout: socket.create_connection(("127.0.0.1", address[1]), timeout)
 attestor.main()
 """
@@ -194,8 +195,8 @@ def test_inject_through_vsock_with_s3(enclave: Enclave) -> None:
     (enclave.folder / "m.toml").write_text(
         f'region = "eu-west-1"\nkey_id = "{enclave.world.kms.key_arn}"\n'
         f'vsock = "3:{enclave.world.port}"\ns3_vsock = "3:{enclave.world.port}"\n'
-        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = '
-        f'{{node = "3"}}\n',
+        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\n'
+        'context = {node = "3"}\n',
         encoding="utf-8",
     )
     elsewhere: dict[str, str | None] = {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
@@ -207,8 +208,8 @@ def test_addresses_of_the_command_line_win(enclave: Enclave) -> None:
     enclave.world.store.objects["bucket/key"] = enclave.encrypt(node="3")
     (enclave.folder / "m.toml").write_text(
         f'region = "eu-west-1"\nkey_id = "{enclave.world.kms.key_arn}"\nvsock = "3:1"\n'
-        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\ncontext = '
-        f'{{node = "3"}}\n',
+        f'[[secret]]\nsource = "s3://bucket/key"\ntarget = "{enclave.folder}/out"\n'
+        'context = {node = "3"}\n',
         encoding="utf-8",
     )
     ways = [f"--{name}=3:{enclave.world.port}" for name in ("vsock", "s3-vsock")]

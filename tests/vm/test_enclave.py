@@ -1,5 +1,4 @@
-"""The image's own root and entrypoint, in a kernel with a real character device and a real vsock:
-`make vm-test`.
+"""`make vm-test`: the image's root and entrypoint under a real character device and real vsock.
 
 The guest's root is the image (tests/vm/init); these tests run in the parent's root beside it. An
 enclave is that root behind an overlay, in namespaces of its own: no network but the loopback, which
@@ -34,9 +33,8 @@ pytestmark = pytest.mark.vm
 IMAGE: Final = Path("/enclave")
 CGROUPS: Final = Path("/sys/fs/cgroup")
 KEY: Final = b"a key of twenty bytes"
-LARGE: Final = (
-    bytes(range(256)) * 400
-)  # above KMS's 4096 bytes: a message of the AWS Encryption SDK
+# above KMS's 4096 bytes: a message of the AWS Encryption SDK
+LARGE: Final = bytes(range(256)) * 400
 CONFIG: Final = b"[server]\nport = 80\n"
 SOCAT: Final = (IMAGE / "usr/bin/socat").exists()
 NETWORK: Final = "socat" if SOCAT else "vsock"
@@ -72,9 +70,7 @@ world_readable = true
 
 @dataclass
 class Console:
-    """What an enclave said, line by line with the seconds since its start; its exit status; the
-    peak of its memory.
-    """
+    """What an enclave said, by seconds since its start; its exit status; its peak of memory."""
 
     lines: list[tuple[float, str]] = field(default_factory=list)
     status: int = -1
@@ -94,9 +90,7 @@ class Console:
 
 
 class Machine:
-    """The parent: nitrosim with the device, the metadata service and vsock; and enclaves of the
-    image.
-    """
+    """The parent: nitrosim with device, metadata service and vsock; and enclaves of the image."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
@@ -114,9 +108,7 @@ class Machine:
     def enclave(
         self, *command: str, manifest: str | None = None, library: bool = True, **settings: str
     ) -> Console:
-        """Run a command of the image, its own by default, in a new enclave with these settings in
-        its file.
-        """
+        """Run the image's command, or the one given, in a new enclave with these settings."""
         with self._root() as root:
             (root / "etc/attestor/manifest.toml").write_text(manifest or self.manifest())
             (root / "etc/attestor/aws-roots.pem").write_bytes(
@@ -154,8 +146,8 @@ class Machine:
         group.mkdir()
         variables = (ROOT / "vm-environment").read_text().split("\n")
         inside = (
-            f"echo 0 >{group}/cgroup.procs && mount -t proc proc {root}/proc && mount --rbind "
-            f"/dev {root}/dev && "
+            f"echo 0 >{group}/cgroup.procs && mount -t proc proc {root}/proc && "
+            f"mount --rbind /dev {root}/dev && "
             f'exec chroot {root} /usr/bin/env -i "$@"'
         )
         names = [
@@ -265,11 +257,9 @@ def report(console: Console, what: str) -> None:
         ).stdout.split()[0]
     )
     print(
-        f"\nvm-test: {what}: kernel start to first process {booted:.1f} s, from there to secrets "
-        "in place "
-        f"{secrets:.1f} s, together {booted + secrets:.1f} s; peak memory "
-        f"{console.peak / 2**20:.0f} MiB "
-        f"beside a root of {root} MiB"
+        f"\nvm-test: {what}: kernel start to first process {booted:.1f} s, "
+        f"from there to secrets in place {secrets:.1f} s, together {booted + secrets:.1f} s; "
+        f"peak memory {console.peak / 2**20:.0f} MiB beside a root of {root} MiB"
     )
 
 
@@ -310,9 +300,9 @@ def test_a_wrong_pcr_stops_the_enclave(machine: Machine) -> None:
 
 def test_an_unreachable_parent_is_tried_until_the_deadline(machine: Machine) -> None:
     console = machine.enclave(
-        AWS_REGION="eu-west-1", ATTESTOR_NODE_TAG="", ATTESTOR_METADATA_PORT="9002", ATTESTOR_KMS_PORT="9000",
-        ATTESTOR_S3_PORT="9001", ATTESTOR_DEADLINE="20", ATTESTOR_HOSTS=f"{S3}=9001",
-        manifest=machine.manifest().replace("${NODE}", "3"),
+        AWS_REGION="eu-west-1", ATTESTOR_NODE_TAG="", ATTESTOR_METADATA_PORT="9002",
+        ATTESTOR_KMS_PORT="9000", ATTESTOR_S3_PORT="9001", ATTESTOR_DEADLINE="20",
+        ATTESTOR_HOSTS=f"{S3}=9001", manifest=machine.manifest().replace("${NODE}", "3"),
     )  # fmt: skip
     assert console.status == 5, console.text
     assert console.said("program: ") == []
@@ -334,15 +324,12 @@ def test_a_missing_tag_stops_the_enclave(machine: Machine) -> None:
 
 
 def test_what_the_image_holds() -> None:
-    """No setuid file, history, compiler or installer; nothing that only root of the image could
-    have left.
-    """
+    """No setuid file, history, compiler or installer; nothing only the image's root could leave."""
     found = [Path(folder, name) for folder, _, names in _image() for name in names]
     assert len(found) > 1000
     assert [path for path in found if not path.is_symlink() and path.stat().st_mode & 0o6000] == []
-    names = {
-        path.name for path in found if not path.is_symlink()
-    }  # links are busybox's: its su is not setuid
+    # links are busybox's: its su is not setuid
+    names = {path.name for path in found if not path.is_symlink()}
     assert not names & {
         "pip",
         "pip3",

@@ -17,13 +17,13 @@ import time
 from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any, Final
 
-from attestor import AttestorError, InputError, RefusedError, UnreachableError
-from injection import vsock
+from attestor_io import vsock
+from attestor_io.errors import AttestorError, InputError, RefusedError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from injection.vsock import Address, Dial
+    from attestor_io.vsock import Address, Dial
 
 VALUE_MAX: Final = 16 << 10
 TIMEOUT: Final = 10.0  # seconds for everything, retries included

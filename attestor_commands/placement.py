@@ -6,7 +6,8 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from attestor import OutputError, SecretFile, signals
+from attestor_io.errors import OutputError
+from attestor_io.secret_file import SecretFile, signals
 
 if TYPE_CHECKING:
     from types import TracebackType

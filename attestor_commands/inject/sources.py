@@ -10,8 +10,8 @@ import threading
 from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import urljoin, urlsplit
 
-from attestor import (
-    ATTEMPT_TIMEOUT,
+from attestor import ATTEMPT_TIMEOUT
+from attestor_io.errors import (
     AttestorError,
     InputError,
     NotAuthenticError,
@@ -22,7 +22,7 @@ from attestor import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from injection.vsock import Address
+    from attestor_io.vsock import Address
 
 _REDIRECTS_MAX: Final = 3
 
@@ -107,7 +107,7 @@ class Sources:
                 if not self._client.meta.endpoint_url.startswith("https://"):
                     raise InputError(f"endpoint {self._client.meta.endpoint_url} is not https")
                 if self._s3_vsock:
-                    from injection.vsock import carry
+                    from attestor_io.vsock import carry
 
                     carry(self._client, self._s3_vsock)
             return self._client
@@ -230,7 +230,7 @@ def _ours(error: Exception) -> AttestorError | None:  # noqa: PLR0911 - a table,
     from urllib3 import exceptions as http
     from urllib3.util.ssl_match_hostname import CertificateError
 
-    from attestor import causes
+    from attestor_io.kms_errors import causes
 
     match error:
         case AttestorError():

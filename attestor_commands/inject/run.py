@@ -16,32 +16,26 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from attestor import (
     CIPHERTEXT_MAX,
-    AttestorError,
-    InputError,
     Kms,
-    Message,
-    NotAuthenticError,
-    UnreachableError,
     attested,
+    call_with_deadline,
     check_ciphertext,
-    connect,
-    given,
-    is_message,
+    drop_unset,
+    errors_translated,
     log,
     process_recipient,
-    read_bounded,
-    translated,
-    within,
 )
-from injection.manifest import MANIFEST_MAX, Entry, Manifest, parse
-from injection.placement import Placement
-from injection.sources import Sources, Stream
+from attestor_commands.inject.manifest import MANIFEST_MAX, Entry, Manifest, parse
+from attestor_commands.inject.sources import Sources, Stream
+from attestor_commands.placement import Placement
+from attestor_io.errors import AttestorError, InputError, NotAuthenticError, UnreachableError
+from attestor_io.reading import Message, is_message, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from attestor import SecretFile
-    from injection.vsock import Address
+    from attestor_io.secret_file import SecretFile
+    from attestor_io.vsock import Address
 
 _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
@@ -121,7 +115,7 @@ def _kms(manifest: Manifest) -> Kms:
     key_id = manifest.key_id or next(
         (entry.key_id for entry in manifest.entries if entry.key_id), None
     )
-    return connect(
+    return Kms.connect(
         key_id,
         manifest.region,
         manifest.endpoint_url,
@@ -143,7 +137,7 @@ class _Injector:
 
         recipient.wait_for_module(kms.timeout)
         self._session = botocore.session.Session()
-        self._client = within(kms.timeout, self._made_client(kms))
+        self._client = call_with_deadline(self._made_client(kms), kms.timeout)
         self._sources = Sources(
             self._session,
             kms.region,
@@ -198,20 +192,14 @@ class _Injector:
         if entry.signed:
             raise InputError("it is signed = true, but a CiphertextBlob has no signature")
         blob = check_ciphertext(head, "source", base64_text=entry.base64)
-        answer = self._decrypt(
-            {
-                "CiphertextBlob": blob,
-                "EncryptionContext": entry.context or {},
-                **given(KeyId=entry.key_id, GrantTokens=list(entry.grant_tokens)),
-            }
-        )
+        answer = self._decrypt({"CiphertextBlob": blob, **entry.bound.parameters()})
         self._placement.append(target, answer["Plaintext"])
         return _Outcome(
             len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"]
         )
 
     def _message(self, entry: Entry, message: Message, target: SecretFile) -> _Outcome:
-        from injection import esdk
+        from attestor_commands import esdk
 
         answers: list[Mapping[str, Any]] = []
         size = 0
@@ -226,20 +214,12 @@ class _Injector:
             self._placement.append(target, piece)
             self._progress.bytes(len(piece))
 
-        esdk.decrypt(
-            message,
-            append,
-            ask,
-            key_id=entry.key_id,
-            context=entry.context or {},
-            grant_tokens=entry.grant_tokens,
-            signed=entry.signed,
-        )
+        esdk.decrypt(message, append, ask, entry.bound, signed=entry.signed)
         append(b"")
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
 
     def _decrypt(self, parameters: dict[str, Any]) -> Mapping[str, Any]:
-        with translated(self._session, "decrypt", parameters):
+        with errors_translated(self._session, "decrypt", parameters):
             answer: Mapping[str, Any] = self._client.decrypt(**parameters)
         log.info("KMS answered request %s", answer["ResponseMetadata"].get("RequestId"))
         return answer
@@ -311,7 +291,7 @@ def _receipt(manifest: Manifest, outcomes: Sequence[_Outcome]) -> bytes:
             "kind": entry.kind,
             "target": entry.target,
             "bytes": outcome.size,
-            **given(key_id=outcome.key_id, request_id=outcome.request_id),
+            **drop_unset(key_id=outcome.key_id, request_id=outcome.request_id),
         }
         for entry, outcome in zip(manifest.entries, outcomes, strict=True)
     ]

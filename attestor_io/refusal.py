@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Final
 
-from nsm.document import AttestationDocument, DocumentError
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from datetime import datetime
@@ -22,17 +20,11 @@ SKEW_MAX: Final = 300  # seconds between two clocks that Signature Version 4 for
 HINTS_MAX: Final = 2
 _SHOWN: Final = (0, 1, 2, 3, 4, 8)  # the PCRs that CloudTrail shows
 _DIGITS: Final = 16  # of a PCR, in notes
-_EXPIRED: Final = (
-    "ExpiredTokenException",
-    "ExpiredToken",
-    "UnrecognizedClientException",
-    "InvalidClientTokenId",
+_EXPIRED: Final = frozenset(
+    "ExpiredTokenException ExpiredToken UnrecognizedClientException InvalidClientTokenId".split()
 )
-_UNSIGNED: Final = (
-    "InvalidSignatureException",
-    "SignatureDoesNotMatch",
-    "RequestExpired",
-    "IncompleteSignature",
+_UNSIGNED: Final = frozenset(
+    "InvalidSignatureException SignatureDoesNotMatch RequestExpired IncompleteSignature".split()
 )
 
 
@@ -40,23 +32,21 @@ _UNSIGNED: Final = (
 class Refusal:
     """A refused call: KMS's `code` and `message`, and what was sent.
 
-    `document` is the attestation document (not verified: it is our own), None where the call
-    carries none; `context` holds names only; `skew` is how many seconds KMS's clock is ahead of
-    ours, None where its answer had no date.
+    `pcrs` are those of the attestation document, None where the call carries none; `context` holds
+    names only; `skew` is how many seconds KMS's clock is ahead of ours, None where its answer had
+    no date.
     """
 
     code: str
     message: str
-    document: bytes | None
+    pcrs: Mapping[int, bytes] | None
     key_id: str | None
     context: tuple[str, ...]
     skew: float | None
 
 
 def clock_skew(date: str | None, now: datetime) -> float | None:
-    """Seconds that the Date header of an answer (RFC 9110, section 5.6.7) is ahead of us; None
-    without a date.
-    """
+    """Seconds that an answer's Date header (RFC 9110 5.6.7) is ahead of us; None without one."""
     try:
         return (parsedate_to_datetime(date or "") - now).total_seconds()
     except (ValueError, TypeError, OverflowError):
@@ -65,28 +55,17 @@ def clock_skew(date: str | None, now: datetime) -> float | None:
 
 def explain(refusal: Refusal) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Notes on what was sent, and at most two hints, the likeliest cause first."""
-    pcrs = _pcrs(refusal.document)
+    pcrs = refusal.pcrs or {}
     first, *others = [*_causes(refusal, pcrs)] or [""]
     hints = [hint for hint in (first, *_more(refusal), *others) if hint]
     return tuple(_notes(refusal, pcrs)), tuple(hints[:HINTS_MAX])
-
-
-def _pcrs(document: bytes | None) -> Mapping[int, bytes]:
-    try:
-        return AttestationDocument.parse(document or b"").pcrs
-    except DocumentError:
-        return {}
 
 
 def _notes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     if pcrs:
         shown = (f"PCR{index} {_short(pcrs[index])}" for index in _SHOWN if index in pcrs)
         yield f"sent {', '.join(shown)}"
-        yield (
-            "the enclave runs in debug mode"
-            if _debug(pcrs)
-            else "the enclave does not run in debug mode"
-        )
+        yield f"the enclave {'runs' if _debug(pcrs) else 'does not run'} in debug mode"
     key = refusal.key_id or "none named, KMS takes it from the ciphertext"
     yield f"key {key}; encryption context names: {', '.join(refusal.context) or 'none'}"
 
@@ -105,9 +84,7 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     if code == "AccessDeniedException":
         yield from _denials(refusal, pcrs)
     elif code == "NotFoundException":
-        yield (
-            "there is no such key in this region and in the account of the credentials: check both"
-        )
+        yield "there is no such key in this region and in the credentials' account: check both"
     elif code in _EXPIRED:
         yield "the credentials are expired or wrong: renew them"
     elif code in _UNSIGNED:
@@ -206,7 +183,7 @@ def _accounts(message: str) -> tuple[str | None, str | None]:
 
 def _more(refusal: Refusal) -> Iterable[str]:
     """The command that tells more."""
-    if refusal.code == "AccessDeniedException" and refusal.document is not None:
+    if refusal.code == "AccessDeniedException" and refusal.pcrs is not None:
         yield (
             "attestor attest DOC, then attestor policy explain POLICY --document DOC: which "
             "condition does not hold"

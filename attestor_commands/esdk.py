@@ -14,20 +14,15 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from attestor import (
-    AttestorError,
-    InputError,
-    NotAuthenticError,
-    RefusedError,
-    given,
-    is_pinned,
-    is_same_key,
-)
+from attestor import drop_unset, is_pinned, is_same_key
+from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from attestor import Kms, Readable, Target
+    from attestor import Binding, Kms
+    from attestor_io.reading import Readable
+    from attestor_io.secret_file import Target
 
     Ask = Callable[[dict[str, Any]], Mapping[str, Any]]
     """One operation of a KMS client: its parameters in, its answer out."""
@@ -54,9 +49,8 @@ _CHUNK: Final = 1 << 20
 _ALGORITHM: Final = AlgorithmSuite.AES_256_GCM_HKDF_SHA512_COMMIT_KEY_ECDSA_P384
 _RESERVED: Final = "aws-crypto-"  # encryption context, AWS Encryption SDK message format reference
 
-_quiet = logging.getLogger(
-    "aws_encryption_sdk"
-)  # its errors are ours to report, and it can log keys
+# the package's errors are ours to report, and it can log keys
+_quiet = logging.getLogger("aws_encryption_sdk")
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
 
@@ -65,20 +59,17 @@ def decrypt(
     message: Readable,
     append: Callable[[bytes], None],
     ask: Ask,
+    bound: Binding,
     *,
-    key_id: str | None,
-    context: Mapping[str, str],
-    grant_tokens: tuple[str, ...] = (),
     signed: bool = False,
 ) -> None:
-    """Decrypt a message and hand on its plaintext in pieces; it is authentic when this returns, not
-    before.
+    """Decrypt a message and hand on its plaintext in pieces, authentic only when this returns.
 
-    `context` must be contained in the message's; with `signed` an unsigned message is refused.
-    Raises NotAuthenticError for everything that is wrong with the message itself, RefusedError when
-    KMS refuses.
+    The context of `bound` must be contained in the message's; with `signed` an unsigned message is
+    refused. Raises NotAuthenticError for everything that is wrong with the message itself,
+    RefusedError when KMS refuses.
     """
-    for piece in _verified(message, _Materials(ask, key_id, context, grant_tokens, signed=signed)):
+    for piece in _verified(message, _Materials(ask, bound, signed=signed)):
         append(piece)
 
 
@@ -104,9 +95,8 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
             f"({type(error).__name__})"
         ) from error
     finally:
-        io.IOBase.close(
-            stream
-        )  # its own would complain of a message that was given up, on stderr from Python 3.13 on
+        # its own would complain on stderr of a message that was given up, from Python 3.13 on
+        io.IOBase.close(stream)
     if message.read(1):
         raise NotAuthenticError("message of the AWS Encryption SDK has bytes behind its end")
 
@@ -114,20 +104,8 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
 class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package has no types
     """Decides whether a message may be opened, and gets its data key from KMS."""
 
-    def __init__(
-        self,
-        ask: Ask,
-        key_id: str | None,
-        context: Mapping[str, str],
-        grant_tokens: tuple[str, ...],
-        *,
-        signed: bool,
-    ) -> None:
-        self._ask = ask
-        self._key_id = key_id
-        self._context = context
-        self._grant_tokens = grant_tokens
-        self._signed = signed
+    def __init__(self, ask: Ask, bound: Binding, *, signed: bool) -> None:
+        self._ask, self._bound, self._signed = ask, bound, signed
 
     def get_encryption_materials(self, request: Any) -> Any:
         """Never called: this is for decryption."""
@@ -136,7 +114,7 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
     def decrypt_materials(self, request: Any) -> DecryptionMaterials:
         """Data key and verification key of a message whose header was parsed."""
         found = request.encryption_context
-        for name, value in self._context.items():
+        for name, value in self._bound.context.items():
             if found.get(name) != value:
                 raise NotAuthenticError(
                     f"message of the AWS Encryption SDK has another context: {name} differs"
@@ -173,15 +151,17 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
             request.encrypted_data_keys, key=lambda one: str(one.key_provider.key_info)
         ):
             arn = _arn_of(wrapped)
-            if arn is None or not (self._key_id is None or is_same_key(self._key_id, arn)):
+            if arn is None or not (
+                self._bound.key_id is None or is_same_key(self._bound.key_id, arn)
+            ):
                 continue
             try:
                 return self._ask_for(wrapped, arn, request)
             except RefusedError as error:
                 refusal = error
-        asked = f"key {self._key_id}" if is_pinned(self._key_id) else "any key of KMS"
+        wanted = f"key {self._bound.key_id}" if is_pinned(self._bound.key_id) else "any key of KMS"
         raise refusal or RefusedError(
-            f"message of the AWS Encryption SDK has no data key under {asked}"
+            f"message of the AWS Encryption SDK has no data key under {wanted}"
         )
 
     def _ask_for(self, wrapped: Any, arn: str, request: Any) -> DataKey:
@@ -190,7 +170,7 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
                 "CiphertextBlob": wrapped.encrypted_data_key,
                 "KeyId": arn,
                 "EncryptionContext": request.encryption_context,
-                **given(GrantTokens=list(self._grant_tokens)),
+                **drop_unset(GrantTokens=list(self._bound.grant_tokens)),
             }
         )
         if len(answer["Plaintext"]) != request.algorithm.data_key_len:
@@ -210,26 +190,15 @@ def _arn_of(wrapped: Any) -> str | None:
     return arn if arn.startswith("arn:") and is_pinned(arn) and arn.isprintable() else None
 
 
-def decrypt_alone(
-    kms: Kms,
-    message: Readable,
-    target: Target,
-    key_id: str | None,
-    context: Mapping[str, str],
-    grant_tokens: tuple[str, ...],
-    *,
-    signed: bool,
+def decrypt_into(
+    target: Target, kms: Kms, message: Readable, bound: Binding, *, signed: bool
 ) -> None:
-    """One message into one target."""
-    decrypt(
-        message,
-        target.append,
-        lambda parameters: kms.call("decrypt", **parameters),
-        key_id=key_id,
-        context=context,
-        grant_tokens=grant_tokens,
-        signed=signed,
-    )
+    """Decrypt one message into one target, which is placed once the message is authentic."""
+
+    def ask(parameters: dict[str, Any]) -> Mapping[str, Any]:
+        return kms.call("decrypt", **parameters)
+
+    decrypt(message, target.append, ask, bound, signed=signed)
     target.append(b"")  # of an empty plaintext too
     target.seal()
     target.place()

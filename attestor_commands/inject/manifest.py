@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from attestor import InputError, is_pinned, parse_endpoint, parse_key_id
-from injection.vsock import Address, parse_address
+from attestor import Binding, is_pinned, parse_endpoint, parse_key_id
+from attestor_io.errors import InputError
+from attestor_io.vsock import Address, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,6 +67,11 @@ class Entry:
     base64: bool = False
     signed: bool = False
     sha256: str | None = None
+
+    @property
+    def bound(self) -> Binding:
+        """What the ciphertext of a secret must be bound to."""
+        return Binding(self.key_id, self.context or {}, self.grant_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +259,7 @@ class _Variables:
                     f"--set {name}: the manifest declares no such variable",
                     *_nearest(name, declared),
                 )
-        from injection.metadata import tag as instance_tag
+        from attestor_io.metadata import tag as instance_tag
 
         self._values: dict[str, str | None] = {}
         for name, declaration in declared.items():

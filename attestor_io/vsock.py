@@ -11,7 +11,7 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
-from attestor import InputError
+from attestor_io.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

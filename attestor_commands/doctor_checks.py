@@ -1,4 +1,4 @@
-"""Why an attested call fails here: each thing that it needs, looked at one after the other.
+"""The checks of `attestor doctor`: each thing that an attested call needs, looked at in order.
 
 A check is a function from the case to a result; it raises an error of attestor's, which becomes a
 failure with that error's exit status, or Skipped when what it needs has failed already.
@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import attestor
-from nsm import document, library, report
-from nsm.refusal import SKEW_MAX, clock_skew
+from attestor_commands import report
+from attestor_io import errors
+from attestor_io.refusal import SKEW_MAX, clock_skew
+from nsm import document, library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
 _SKEW_WARNED: Final = 60  # seconds
 _EXPIRY_WARNED: Final = timedelta(minutes=5)
-_LABELS: Final = 24  # columns before a reason
 
 
 class Result(NamedTuple):
@@ -110,39 +111,9 @@ def _result(name: str, check: Callable[[Case], Finding], case: Case) -> Result:
         reason, fix = check(case)
     except Skipped as skipped:
         return Result(name, "skipped", str(skipped))
-    except attestor.AttestorError as error:
+    except errors.AttestorError as error:
         return Result(name, "failed", str(error), next(iter(error.hints), ""), error.status)
     return Result(name, "warned" if fix else "passed", reason, fix)
-
-
-def status_of(results: Iterable[Result]) -> int:
-    """The exit status: that of the first failure."""
-    return next((result.status for result in results if result.outcome == "failed"), 0)
-
-
-def results_object(results: Iterable[Result]) -> dict[str, Any]:
-    """The results as `--json` prints them."""
-    results = list(results)
-    checks = [
-        {
-            "check": result.check,
-            "outcome": result.outcome,
-            "reason": result.reason,
-            "fix": result.fix,
-        }
-        for result in results
-    ]
-    return {"checks": checks, "status": status_of(results)}
-
-
-def results_text(results: Mapping[str, Any]) -> str:
-    """The results as a report of at most `report.WIDTH` columns."""
-    lines = []
-    for result in results["checks"]:
-        label = f"{result['outcome']:8} {result['check']:{_LABELS - 9}}"
-        lines += report.wrapped(result["reason"], label, hanging=" " * _LABELS)
-        lines += report.wrapped(f"fix: {result['fix']}", " " * _LABELS) if result["fix"] else []
-    return "\n".join(lines)
 
 
 # ---- the module
@@ -156,7 +127,7 @@ def _library(_: Case) -> Finding:
             library.load(named)
         except library.LibraryError as error:
             hint = "build it with make libnsm, or unset NSM_LIBRARY"
-            raise attestor.InputError(f"NSM_LIBRARY cannot be used: {error}", hint) from error
+            raise errors.InputError(f"NSM_LIBRARY cannot be used: {error}", hint) from error
     found = named or library.find_library()
     if not found:
         raise Skipped("there is no patched libnsm.so: /dev/nsm is used directly")
@@ -164,7 +135,7 @@ def _library(_: Case) -> Finding:
 
 
 def _device(case: Case) -> Finding:
-    description, name = attestor._with_module(
+    description, name = attestor.use_module(
         lambda module: (module.describe(), module.transport_name)
     )
     case.module = True
@@ -174,9 +145,9 @@ def _device(case: Case) -> Finding:
 def _entropy(case: Case) -> Finding:
     """The module's randomness differs from draw to draw, and the kernel's pool is initialised."""
     _need(case.module, "device")
-    draws = attestor._with_module(lambda module: [module.random(256), module.random(256)])
+    draws = attestor.use_module(lambda module: [module.random(256), module.random(256)])
     if draws[0] == draws[1] or any(len(set(draw)) < 16 for draw in draws):
-        raise attestor.ModuleError("randomness of the Nitro Secure Module repeats itself")
+        raise errors.ModuleError("randomness of the Nitro Secure Module repeats itself")
     try:
         os.getrandom(1, os.GRND_NONBLOCK)
     except BlockingIOError:
@@ -193,14 +164,14 @@ def _document(case: Case) -> Finding:
     """
     _need(case.module, "device")
     nonce = os.urandom(16)
-    parsed = _parsed(attestor._with_module(lambda module: module.attest(nonce=nonce)))
+    parsed = _parsed(attestor.use_module(lambda module: module.attest(nonce=nonce)))
     expect = document.Expectations(nonce=nonce, allow_debug=True)
     root = hashlib.sha256(parsed.cabundle[0]).digest()
     try:
         case.verified = document.verify(parsed, roots=[root], expect=expect)
     except document.DocumentError as error:
         hint = "the clock of this enclave may be wrong" if error.check == "validity" else ""
-        raise attestor.NotAuthenticError(
+        raise errors.NotAuthenticError(
             f"document refused, {error.check}: {error}", *filter(None, [hint])
         ) from error
     if root != case.root:
@@ -222,7 +193,7 @@ def _parsed(data: bytes) -> document.AttestationDocument:
     try:
         return document.AttestationDocument.parse(data)
     except document.DocumentError as error:
-        raise attestor.NotAuthenticError(f"document cannot be read: {error}") from error
+        raise errors.NotAuthenticError(f"document cannot be read: {error}") from error
 
 
 def _debug_mode(case: Case) -> Finding:
@@ -258,7 +229,7 @@ def _region(case: Case) -> Finding:
 def _credentials(case: Case) -> Finding:
     """They are there, and do not expire soon; whether KMS takes them, only KMS can tell."""
     _need(case.client, "region")
-    attestor.within(case.timeout, lambda: attestor.check_credentials(case.session))
+    attestor.call_with_deadline(lambda: attestor.check_credentials(case.session), case.timeout)
     credentials = case.session.get_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
     if expiry is None:
@@ -278,11 +249,11 @@ def _name(case: Case) -> Finding:
         host, port = proxy.hostname or "", proxy.port or 80
     hint = "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock"
     try:
-        found = attestor.within(
-            case.patience, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = attestor.call_with_deadline(
+            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), case.patience
         )
-    except (OSError, UnicodeError, attestor.UnreachableError) as error:
-        raise attestor.UnreachableError(f"name {host} cannot be resolved: {error}", hint) from error
+    except (OSError, UnicodeError, errors.UnreachableError) as error:
+        raise errors.UnreachableError(f"name {host} cannot be resolved: {error}", hint) from error
     case.target = host, port
     return Finding(f"{host} is {found[0][4][0]}" + (", a proxy" if case.proxy else ""))
 
@@ -299,7 +270,7 @@ def _tcp(case: Case) -> Finding:
         case.connection = _dial(case)
     except OSError as error:
         hint = "is vsock-proxy running on the parent, and does it allow this endpoint?"
-        raise attestor.UnreachableError(
+        raise errors.UnreachableError(
             f"no connection to {where}: {error.strerror or error}", hint
         ) from error
     return Finding(f"connected to {where}")
@@ -307,7 +278,7 @@ def _tcp(case: Case) -> Finding:
 
 def _dial(case: Case) -> socket.socket:
     if case.vsock:
-        from injection.vsock import dial
+        from attestor_io.vsock import dial
 
         return dial(case.vsock, case.patience)
     return socket.create_connection(case.target or ("", 0), case.patience)
@@ -323,7 +294,7 @@ def _tls(case: Case) -> Finding:
     try:
         context = ssl.create_default_context(cafile=bundle)
     except OSError as error:  # ssl.SSLError is one
-        raise attestor.InputError(
+        raise errors.InputError(
             f"CA bundle {bundle} cannot be read: {error}", "AWS_CA_BUNDLE names it"
         ) from error
     host, _ = case.where
@@ -334,11 +305,11 @@ def _tls(case: Case) -> Finding:
             f"somebody may be in the middle; the roots trusted are those in {bundle} "
             "(AWS_CA_BUNDLE)"
         )
-        raise attestor.NotAuthenticError(
+        raise errors.NotAuthenticError(
             f"certificate of {host} is not valid: {error.verify_message}", hint
         ) from error
     except OSError as error:
-        raise attestor.UnreachableError(f"no TLS with {host}: {error}") from error
+        raise errors.UnreachableError(f"no TLS with {host}: {error}") from error
     return Finding(f"{case.tls.version()} with {host}, roots of {bundle}")
 
 
@@ -361,7 +332,7 @@ def _clock(case: Case) -> Finding:
     )
     fix = "set the clock of this enclave"
     if abs(skew) > SKEW_MAX:
-        raise attestor.RefusedError(f"{reason}, KMS takes {SKEW_MAX} s", fix)
+        raise errors.RefusedError(f"{reason}, KMS takes {SKEW_MAX} s", fix)
     return Finding(reason, fix if abs(skew) > _SKEW_WARNED else "")
 
 
@@ -374,7 +345,7 @@ def _date(connection: socket.socket, host: str) -> str | None:
         http.request("POST", "/")  # not signed: refused, but with a date
         return http.getresponse().headers["Date"]
     except (OSError, HTTPException) as error:
-        raise attestor.UnreachableError(f"{host} does not answer: {error}") from error
+        raise errors.UnreachableError(f"{host} does not answer: {error}") from error
 
 
 def _attested_call(case: Case) -> Finding:
@@ -393,14 +364,14 @@ def _attested_call(case: Case) -> Finding:
             "decrypt",
             DryRun=True,
             DryRunModifiers=["IGNORE_CIPHERTEXT"],
-            **{name: value for name, value in parameters.items() if value},
+            **attestor.drop_unset(**parameters),
         )
-    except attestor.RefusedError as error:
+    except errors.RefusedError as error:
         answer = getattr(error.__cause__, "response", {}).get("Error", {})
         if answer.get("Code") != "DryRunOperationException":
             raise
     else:
-        raise attestor.NotAuthenticError(
+        raise errors.NotAuthenticError(
             "KMS answered a dry run with a plaintext", "is this endpoint AWS KMS?"
         )
     return Finding("KMS would decrypt for this enclave (a dry run)")

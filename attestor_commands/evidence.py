@@ -1,0 +1,158 @@
+"""`attestor attest`, `describe` and `verify`: attestation documents and the module behind them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attestor import MODULE_OPTIONS, options, use_module
+from attestor_commands.inputs import (
+    BASE64_OPTION,
+    FIELD_OPTIONS,
+    JSON_OPTION,
+    PCR_OPTION,
+    ROOT_OPTION,
+    evidence_errors,
+    field_values,
+    read_file,
+    trusted_roots,
+)
+from attestor_commands.report import print_report
+from attestor_io.errors import InputError
+from attestor_io.secret_file import open_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@click.command()
+@click.argument("output")
+@options(FIELD_OPTIONS)
+@click.option("-f", "--force", is_flag=True, help="replace OUTPUT if it exists")
+@options(MODULE_OPTIONS)
+def attest(
+    output: str, nonce: str | None, user_data: str | None, public_key: str | None, force: bool
+) -> None:
+    """Write an attestation document of this enclave.
+
+    \b
+    Examples:
+      attestor attest --nonce 00112233445566778899aabbccddeeff document
+      attestor attest --public-key @key.der - | ship-it
+
+    OUTPUT is created as decrypt does; "-" writes to standard output. The three fields share some
+    4000 bytes.
+    """
+    with evidence_errors():
+        fields = field_values(nonce=nonce, user_data=user_data, public_key=public_key)
+    with open_target(output, force=force) as target:
+        target.write(use_module(lambda module: module.attest(**fields)))
+
+
+@click.command()
+@BASE64_OPTION
+@JSON_OPTION
+@options(MODULE_OPTIONS)
+def describe(in_base64: bool, as_json: bool) -> None:
+    """Show the Nitro Secure Module of this enclave and its PCRs."""
+    from attestor_commands import evidence_report
+    from nsm.document import PCRS_MAX
+
+    def look(module: Any) -> dict[str, Any]:
+        description = module.describe()
+        pcrs = {
+            index: module.describe_pcr(index)
+            for index in range(min(description.max_pcrs, PCRS_MAX))
+        }
+        return evidence_report.description_object(
+            description, pcrs, module.transport_name, in_base64=in_base64
+        )
+
+    print_report(use_module(look), evidence_report.description_text, as_json=as_json)
+
+
+@click.command()
+@click.argument("document")
+@PCR_OPTION
+@click.option(
+    "--measurements", metavar="FILE", help="expect the PCRs that nitro-cli build-enclave printed"
+)
+@click.option("--any-image", is_flag=True, help="expect no PCR, and say that this is meant")
+@options(FIELD_OPTIONS)
+@click.option("--module-id", metavar="ID", help="expect this module")
+@click.option(
+    "--at", metavar="TIME", help='of verification; "document": when it was signed  [default: now]'
+)
+@click.option("--max-age", metavar="SECONDS", help="between the document's timestamp and now")
+@click.option("--allow-debug", is_flag=True, help="accept an enclave in debug mode")
+@ROOT_OPTION
+@BASE64_OPTION
+@JSON_OPTION
+def verify(
+    document: str,
+    pcrs: tuple[str, ...],
+    measurements: str | None,
+    any_image: bool,
+    at: str | None,
+    max_age: str | None,
+    root: str | None,
+    in_base64: bool,
+    as_json: bool,
+    **expected: Any,
+) -> None:
+    """Verify an attestation document, offline, and show what it says.
+
+    \b
+    Examples:
+      attestor verify --measurements build.json --nonce 00112233445566778899aabbccddeeff document
+      attestor verify --any-image --at document old-document
+
+    A nonce that you chose, or --max-age, tells a fresh document from a replayed one. Revocation is
+    not checked, as the specification of the format says. A document that is refused prints nothing
+    but the error.
+    """
+    from datetime import UTC, datetime
+
+    from attestor_commands import evidence_report
+    from attestor_commands.arguments import parse_time
+    from nsm.document import AttestationDocument
+    from nsm.document import verify as verify_document
+
+    if max_age is not None and at == "document":
+        raise InputError(
+            "--max-age contradicts --at document, at which every document is new",
+            "leave one of them out",
+        )
+    if not (pcrs or measurements or any_image):
+        hint = "give --pcr or --measurements, or --any-image if that is meant"
+        raise InputError("no PCR is expected: every genuine enclave's document would pass", hint)
+    with evidence_errors():
+        expect = _expectations(pcrs, measurements, max_age, expected)
+        now, roots = datetime.now(UTC), trusted_roots(root)
+        time = now if at in {None, "document"} else parse_time(str(at))
+        parsed = AttestationDocument.parse(read_file(document, f"document {document}"))
+        if at == "document":
+            time = parsed.signed_at
+        verified = verify_document(parsed, roots=roots, at=time, expect=expect, now=now)
+    shown = evidence_report.document_object(
+        verified, now=now, expected=expect.pcrs, in_base64=in_base64
+    )
+    print_report(shown, evidence_report.document_text, as_json=as_json)
+
+
+def _expectations(
+    pcrs: Sequence[str], measurements: str | None, max_age: str | None, expected: Mapping[str, Any]
+) -> Any:
+    from attestor_commands.arguments import merge, parse_age, parse_pcr
+    from keypolicy import measurements as parse_measurements
+    from nsm.document import Expectations
+
+    measured = parse_measurements(read_file(measurements, measurements)) if measurements else {}
+    return Expectations(
+        pcrs=merge(*([pair] for pair in map(parse_pcr, pcrs)), measured.items()),
+        max_age=parse_age(max_age) if max_age is not None else None,
+        module_id=expected["module_id"],
+        allow_debug=expected["allow_debug"],
+        **field_values(**{name: expected[name] for name in ("nonce", "user_data", "public_key")}),
+    )

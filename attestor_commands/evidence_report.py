@@ -1,0 +1,188 @@
+"""What an attestation document, or the module of this enclave, says: for people and programs.
+
+Each `..._object` gives what `--json` prints; each `..._text` makes a report from it.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Final
+
+from attestor_commands.report import WIDTH, Object, age, field, utc, wrapped
+from nsm.document import CHECKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from datetime import datetime
+
+    from nsm.document import VerifiedDocument
+    from nsm.module import Description, Pcr
+
+
+_MEANINGS: Final = {
+    0: "image",
+    1: "kernel and boot",
+    2: "application",
+    3: "role of the parent instance",
+    4: "id of the parent instance",
+    8: "signing certificate",
+}
+_APPLICATIONS: Final = 16  # the first PCR that is the application's to extend and to lock
+
+
+def meaning(index: int) -> str:
+    """What a PCR measures ("Cryptographic attestation" of the Nitro Enclaves User Guide)."""
+    return _MEANINGS.get(index, "the application's own" if index >= _APPLICATIONS else "unused")
+
+
+# ---- documents and modules
+
+
+def document_object(
+    verified: VerifiedDocument,
+    *,
+    now: datetime,
+    expected: Iterable[int] = (),
+    in_base64: bool = False,
+) -> Object:
+    """A verified document: its fields, chain and checks; fields in hexadecimal, PCRs in that or in
+    base64.
+
+    `expected` are the PCRs that were compared: what the others say was only shown.
+    """
+    document = verified.document
+    return {
+        "verified": True,
+        "module_id": document.module_id,
+        "digest": document.digest,
+        "signed_at": utc(document.signed_at),
+        "age_seconds": round((now - document.signed_at).total_seconds()),
+        "verified_at": utc(verified.at),
+        "at_own_timestamp": verified.at == document.signed_at,
+        "debug_mode": document.debug_mode,
+        "pcr_encoding": "base64" if in_base64 else "hex",
+        "pcrs": {
+            str(index): _encode(document.pcrs[index], in_base64) for index in sorted(document.pcrs)
+        },
+        "expected_pcrs": sorted(expected),
+        "public_key": _hex(document.public_key),
+        "user_data": _hex(document.user_data),
+        "nonce": _hex(document.nonce),
+        "root_sha256": verified.root_sha256.hex(),
+        "chain": [
+            {
+                "subject": link.subject,
+                "not_before": utc(link.not_before),
+                "not_after": utc(link.not_after),
+            }
+            for link in verified.chain
+        ],
+        "checks": {
+            check: "passed" if check in verified.checks else "not asked" for check in CHECKS
+        },
+    }
+
+
+def document_text(report: Object) -> str:
+    """The report on a verified document."""
+    own = " (its own timestamp)" if report["at_own_timestamp"] else ""
+    lines = [
+        *field("module", report["module_id"]),
+        *field("signed", f"{report['signed_at']}, {age(report['age_seconds'])}"),
+        *field("verified at", report["verified_at"] + own),
+        *field("debug mode", debug_text(report["debug_mode"])),
+        *field("root, SHA-256", report["root_sha256"]),
+    ]
+    for name in ("public_key", "user_data", "nonce"):
+        lines += field(name.replace("_", " "), _length(report[name]))
+    lines += [
+        "",
+        f"PCRs ({report['digest']})",
+        *_pcr_lines(report["pcrs"]),
+        "",
+        "chain, root first",
+    ]
+    for link in report["chain"]:
+        lines += wrapped(link["subject"], "  ")
+        lines.append(f"    {link['not_before']} to {link['not_after']}")
+    checks = dict(report["checks"])
+    if report["expected_pcrs"]:
+        checks["pcrs"] += f": {', '.join(map(str, report['expected_pcrs']))}"
+    lines += ["", "checks"]
+    for check, verdict in checks.items():
+        lines += wrapped(verdict, f"  {check:18}", hanging=" " * 20)
+    return "\n".join(lines)
+
+
+def description_object(
+    description: Description, pcrs: Mapping[int, Pcr], transport: str, *, in_base64: bool = False
+) -> Object:
+    """A module and its PCRs."""
+    return {
+        "module_id": description.module_id,
+        "version": ".".join(map(str, description.version)),
+        "digest": description.digest,
+        "max_pcrs": description.max_pcrs,
+        "transport": transport,
+        "debug_mode": not any(pcrs[0].value) if 0 in pcrs else True,
+        "pcr_encoding": "base64" if in_base64 else "hex",
+        "pcrs": {
+            str(index): {"value": _encode(pcr.value, in_base64), "locked": pcr.locked}
+            for index, pcr in sorted(pcrs.items())
+        },
+    }
+
+
+def description_text(report: Object) -> str:
+    """The report on a module."""
+    locked = [index for index, pcr in report["pcrs"].items() if pcr["locked"]]
+    values = {index: pcr["value"] for index, pcr in report["pcrs"].items()}
+    lines = [
+        *field("module", report["module_id"]),
+        *field("version", report["version"]),
+        *field("transport", report["transport"]),
+        *field("debug mode", debug_text(report["debug_mode"])),
+        *field("locked PCRs", ", ".join(locked) or "none"),
+        "",
+        f"PCRs ({report['digest']})",
+        *_pcr_lines(values),
+    ]
+    return "\n".join(lines)
+
+
+def debug_text(debug_mode: bool) -> str:
+    """Say whether an enclave runs in debug mode, and what that means."""
+    return "YES: PCR0 is all zeros, as in every enclave in debug mode" if debug_mode else "no"
+
+
+def _pcr_lines(pcrs: Mapping[str, str]) -> Iterable[str]:
+    """Each PCR with its meaning; those that are zero and mean nothing are left out."""
+    hidden = []
+    for index, value in pcrs.items():
+        zero = not value.strip("0") or not value.strip("A")
+        what = meaning(int(index))
+        if zero and what not in _MEANINGS.values():
+            hidden.append(index)
+            continue
+        yield f"  PCR{index:3} {what}"
+        yield from wrapped(
+            "all zeros" if zero else value,
+            " " * 9,
+            WIDTH if len(value) <= 64 else 9 + len(value) // 2,
+        )
+    if hidden:
+        yield from wrapped(f"all zeros: {', '.join(hidden)}", "  ")
+
+
+def _length(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return f"{len(value) // 2} bytes: {value}" if value else "empty"
+
+
+def _hex(value: bytes | None) -> str | None:
+    return None if value is None else value.hex()
+
+
+def _encode(value: bytes, in_base64: bool) -> str:
+    return base64.b64encode(value).decode() if in_base64 else value.hex()

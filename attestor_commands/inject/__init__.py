@@ -1,0 +1,74 @@
+"""`attestor inject`: every secret of a manifest into its place, then the program."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from attestor import MODULE_OPTIONS, VSOCK_OPTIONS, options, parse_pairs, parse_vsock
+from attestor_commands.inputs import FORCE_OPTION
+from attestor_commands.report import print_report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from attestor_io.vsock import Address
+
+
+def _print_schema(context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        from attestor_commands.inject.manifest import json_schema
+
+        print_report(json_schema(), str, as_json=True)
+        context.exit()
+
+
+@click.command()
+@click.argument("manifest")
+@click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="[-- PROGRAM ARG...]")
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=parse_pairs,
+    help="value of a variable, repeatable",
+)
+@click.option(
+    "--receipt", metavar="FILE", help="write there, as JSON, what was done; no secret is in it"
+)
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    callback=_print_schema,
+    expose_value=False,
+    help="print the JSON schema of a manifest and exit",
+)
+@FORCE_OPTION
+@options(VSOCK_OPTIONS)
+@click.option("--s3-vsock", metavar="CID:PORT", callback=parse_vsock, help="reach S3 so")
+@options(MODULE_OPTIONS)
+def inject(
+    manifest: str,
+    program: tuple[str, ...],
+    settings: Mapping[str, str],
+    receipt: str | None,
+    force: bool,
+    **addresses: Address | None,
+) -> None:
+    """Put every secret and file of a manifest in its place, then become PROGRAM.
+
+    \b
+    Example:
+      attestor inject --set NODE=3 /etc/secrets.toml -- /usr/bin/server --port 80
+
+    Nothing is placed unless everything opened; a failure takes back what this run placed. PROGRAM
+    replaces this process: its exit status and signals are its own, 127 if there is no such program,
+    126 if it cannot be executed. docs/manifest.md describes the manifest; its own vsock addresses
+    give way to those of the options.
+    """
+    from attestor_commands.inject.run import inject as run
+
+    run(manifest, program, settings=settings, receipt=receipt, force=force, addresses=addresses)

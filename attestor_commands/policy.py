@@ -1,0 +1,294 @@
+"""`attestor policy render`, `check` and `explain`: key policies that ask for attested enclaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from attestor import parse_pairs, say
+from attestor_commands.inputs import (
+    JSON_OPTION,
+    PCR_OPTION,
+    ROOT_OPTION,
+    evidence_errors,
+    read_file,
+    trusted_roots,
+)
+from attestor_commands.report import print_report
+from attestor_io.errors import InputError, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+UNDETERMINED: Final = 8  # exit status of explain where the key policy alone cannot tell
+
+
+@click.group()
+def policy() -> None:
+    """Write, check and explain key policies that ask for attested enclaves."""
+
+
+@policy.command()
+@click.option(
+    "--principal",
+    "principals",
+    metavar="ARN",
+    multiple=True,
+    required=True,
+    help="role of the enclave's parent instance, repeatable",
+)
+@click.option(
+    "--admin",
+    "admins",
+    metavar="ARN",
+    multiple=True,
+    required=True,
+    help="who manages the key without using it, repeatable",
+)
+@click.option(
+    "--encryptor",
+    "encryptors",
+    metavar="ARN",
+    multiple=True,
+    help="who may encrypt only, repeatable",
+)
+@click.option(
+    "--action",
+    "actions",
+    metavar="ACTION",
+    multiple=True,
+    default=["kms:Decrypt"],
+    help="what an enclave may do, repeatable  [default: kms:Decrypt]",
+)
+@PCR_OPTION
+@click.option(
+    "--measurements",
+    metavar="FILE",
+    multiple=True,
+    help="an image, as nitro-cli printed it, repeatable",
+)
+@click.option(
+    "--document",
+    "documents",
+    metavar="FILE",
+    multiple=True,
+    help="an image, by a document, repeatable",
+)
+@click.option(
+    "--take",
+    metavar="N",
+    multiple=True,
+    type=click.IntRange(0, 31),
+    default=[0, 1, 2, 8],
+    help="PCR to take from those, repeatable  [default: 0, 1, 2, 8]",
+)
+@click.option("--role-arn", metavar="ARN", help="computes PCR3")
+@click.option("--instance-id", metavar="ID", help="computes PCR4")
+@click.option("--signing-certificate", metavar="FILE", help="computes PCR8")
+@click.option(
+    "--bind",
+    "binds",
+    metavar="NAME=VALUE:WHO",
+    multiple=True,
+    help="a context value for one role's ARN or instance's id only, repeatable",
+)
+@ROOT_OPTION
+def render(
+    principals: tuple[str, ...],
+    admins: tuple[str, ...],
+    encryptors: tuple[str, ...],
+    actions: tuple[str, ...],
+    binds: tuple[str, ...],
+    **sources: Any,
+) -> None:
+    """Write a key policy that gives plaintexts to attested enclaves only.
+
+    \b
+    Examples:
+      attestor policy render --principal ROLE --admin ROLE --measurements build.json
+      attestor policy render --principal ROLE --admin ROLE --signing-certificate cert.pem
+      attestor policy render --principal ROLE --admin ROLE --pcr 0=OLD --pcr 0=NEW
+
+    A PCR that is named again begins another image, for a roll-over. PCR8 survives new builds, but
+    admits every older image signed with that certificate; PCR0, or PCR1 with PCR2, must be renewed
+    at each build; the other PCRs alone tell no image from another and are refused. Documents are
+    verified at their own timestamp.
+    """
+    import keypolicy
+
+    with evidence_errors():
+        rendered = keypolicy.render(
+            principals=principals,
+            admins=admins,
+            encryptors=encryptors,
+            actions=actions,
+            images=_images(sources),
+            binds=[keypolicy.Bind.parse(text) for text in binds],
+        )
+    for warning in rendered.warnings:
+        say("note", warning)
+    print_report(rendered.policy, str, as_json=True)
+
+
+def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
+    """The PCRs of each image: those given, measured or attested, each with what is computed for all
+    of them.
+    """
+    import keypolicy
+    from attestor_commands.arguments import merge, parse_certificate, parse_images
+
+    computed = {}
+    if sources["role_arn"]:
+        computed[3] = keypolicy.pcr_of_role(sources["role_arn"])
+    if sources["instance_id"]:
+        computed[4] = keypolicy.pcr_of_instance(sources["instance_id"])
+    if sources["signing_certificate"]:
+        path = sources["signing_certificate"]
+        computed[8] = keypolicy.pcr_of_certificate(parse_certificate(read_file(path, path)))
+    measured = [keypolicy.measurements(read_file(path, path)) for path in sources["measurements"]]
+    for path in sources["documents"]:
+        pcrs = _verified_at_its_time(path, sources["root"], allow_debug=False).document.pcrs
+        measured.append({index: value for index, value in pcrs.items() if any(value)})
+    taken = [
+        {index: pcrs[index] for index in sources["take"] if index in pcrs} for pcrs in measured
+    ]
+    images = parse_images(sources["pcrs"]) + taken
+    return [merge(image.items(), computed.items()) for image in images or [{}]]
+
+
+def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> Any:
+    """A document that was genuine when it was signed, which says nothing about its age."""
+    from nsm.document import AttestationDocument, Expectations, verify
+
+    parsed = AttestationDocument.parse(read_file(path, f"document {path}"))
+    return verify(
+        parsed,
+        roots=trusted_roots(root),
+        at=parsed.signed_at,
+        expect=Expectations(allow_debug=allow_debug),
+    )
+
+
+@policy.command()
+@click.argument("file")
+@JSON_OPTION
+def check(file: str, as_json: bool) -> int:
+    """Find what makes a key policy open or useless; nothing found prints nothing.
+
+    \b
+    Example:
+      aws kms get-key-policy --key-id KEY --query Policy --output text | attestor policy check -
+
+    FILE is the policy in JSON; "-" reads standard input. The policy is read as that of a key for
+    attested enclaves only. Exit status: 0 nothing found, 4 findings.
+    """
+    import keypolicy
+    from attestor_commands import policy_report
+
+    with evidence_errors():
+        findings = keypolicy.check(_read_policy(file))
+    print_report(
+        policy_report.findings_object(findings), policy_report.findings_text, as_json=as_json
+    )
+    return RefusedError.status if findings else 0
+
+
+def _read_policy(path: str) -> Any:
+    from keypolicy import Policy
+
+    return Policy.parse(read_file(path, "standard input" if path == "-" else path))
+
+
+@policy.command()
+@click.argument("file")
+@click.option(
+    "--document", metavar="FILE", help="the attestation document that is sent  [default: none]"
+)
+@click.option(
+    "--principal",
+    metavar="ARN",
+    required=True,
+    help="role, user or assumed-role session that calls",
+)
+@click.option(
+    "--action",
+    metavar="ACTION",
+    default="kms:Decrypt",
+    help="what it calls  [default: kms:Decrypt]",
+)
+@click.option("--key-id", metavar="ARN", help="the key  [default: one of the principal's account]")
+@click.option(
+    "--context",
+    "encryption_context",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=parse_pairs,
+    help="encryption context, repeatable",
+)
+@ROOT_OPTION
+@JSON_OPTION
+def explain(
+    file: str,
+    document: str | None,
+    principal: str,
+    action: str,
+    key_id: str | None,
+    encryption_context: dict[str, str],
+    root: str | None,
+    as_json: bool,
+) -> int:
+    """Tell statement by statement what a key policy decides about a call.
+
+    \b
+    Example:
+      attestor policy explain policy.json --document doc --principal arn:aws:iam::...:role/parent
+
+    FILE is the policy in JSON; "-" reads standard input. The document is verified at its own
+    timestamp. What depends on other policies is named, not guessed. Exit status: 0 allowed, 4
+    denied, 8 cannot be told.
+    """
+    from datetime import UTC, datetime
+
+    import keypolicy
+    from attestor_commands import policy_report
+
+    with evidence_errors():
+        parsed = _read_policy(file)
+        verified = (
+            _verified_at_its_time(document, root, allow_debug=True)
+            if document is not None
+            else None
+        )
+        request = keypolicy.Request(
+            principal=principal,
+            action=action,
+            resource=key_id or _some_key(parsed, principal),
+            pcrs=verified.document.pcrs if verified else None,
+            context=encryption_context,
+        )
+        found = keypolicy.evaluate(parsed, request)
+    print_report(
+        policy_report.evaluation_object(found, request, verified, now=datetime.now(UTC)),
+        policy_report.evaluation_text,
+        as_json=as_json,
+    )
+    return {"allowed": 0, "denied": RefusedError.status}.get(found.decision.value, UNDETERMINED)
+
+
+def _some_key(parsed: Any, principal: str) -> str:
+    """A key of the principal's account, if the policy does not look at which or in what region."""
+    conditions = (
+        condition.key.lower()
+        for statement in parsed.statements
+        for condition in statement.conditions
+    )
+    if (
+        any(statement.resources != ("*",) for statement in parsed.statements)
+        or "aws:requestedregion" in conditions
+    ):
+        raise InputError(
+            "the policy looks at the key or at its region", "give the key's ARN as --key-id"
+        )
+    partition, account = (principal.split(":") + [""] * 5)[1:5:3]
+    return f"arn:{partition}:kms:*:{account}:key/*"

@@ -1,0 +1,68 @@
+"""The errors of attestor: each has the exit status that the command ends with."""
+
+from __future__ import annotations
+
+
+class AttestorError(Exception):
+    """Base of every error of attestor's own.
+
+    `status` is the exit status, `notes` are facts, and `hints` say what to do (two at most).
+    """
+
+    status = 1
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, message: str, *hints: str) -> None:
+        super().__init__(message)
+        self.hints = hints
+
+
+class InputError(AttestorError):
+    """An option or an input that is not what it must be."""
+
+    status = 2
+
+
+class ModuleError(AttestorError):
+    """There is no Nitro Secure Module, or it refused."""
+
+    status = 3
+
+
+class RefusedError(AttestorError):
+    """KMS refused, or there are no valid credentials; trying again changes nothing."""
+
+    status = 4
+
+
+class UnreachableError(AttestorError):
+    """KMS cannot be reached, throttles or fails; worth another try."""
+
+    status = 5
+
+
+class NotAuthenticError(AttestorError):
+    """An answer that KMS would not give: treat it as an attack."""
+
+    status = 6
+
+
+class EnvelopeError(NotAuthenticError):
+    """CiphertextForRecipient is not an envelope for our key."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"bad envelope: {reason}")
+
+
+class OutputError(AttestorError):
+    """The secret cannot be written."""
+
+    status = 7
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP; no `except Exception` in between must swallow it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.status = 128 + signal_number

@@ -1,0 +1,61 @@
+"""KMS key policies that ask for an attested enclave: evaluate, check and write them.
+
+    policy = Policy.parse(text)
+    request = Request(principal=role, action="kms:Decrypt", resource=key, pcrs=pcrs)
+    evaluate(policy, request).decision, check(policy)
+
+A key policy is an IAM policy document attached to a key. KMS compares the PCRs of the attestation
+document in a request's `Recipient` with the condition keys kms:RecipientAttestation:PCR<n> and
+:ImageSha384, and only if a policy names them. What is evaluated here is the key policy alone;
+`NOT_EVALUATED` names what else decides in AWS.
+
+Sources: "IAM JSON policy elements reference" and "Policy evaluation logic" of the IAM User Guide;
+"Key policies" and "Condition keys for AWS KMS" of the KMS Developer Guide; for the PCRs,
+"Cryptographic attestation" of the Nitro Enclaves User Guide.
+
+This package imports nothing else of the project, and its files import downwards only, in this
+order: `render`, `check`, then `evaluate` over `operators`, and `measure`, all over `model`. Three
+of them are named like their function, which is what the package's attribute of that name is.
+"""
+
+from __future__ import annotations
+
+from keypolicy.check import RECIPIENT_ACTIONS, Finding, check
+from keypolicy.evaluate import (
+    NOT_EVALUATED,
+    ConditionFinding,
+    Decision,
+    Evaluation,
+    Request,
+    StatementFinding,
+    evaluate,
+)
+from keypolicy.measure import measurements, pcr_of_certificate, pcr_of_instance, pcr_of_role
+from keypolicy.model import ATTESTATION, POLICY_MAX, Condition, Policy, PolicyError, Statement
+from keypolicy.render import Bind, Rendered, render
+
+__all__ = [
+    "ATTESTATION",
+    "NOT_EVALUATED",
+    "POLICY_MAX",
+    "RECIPIENT_ACTIONS",
+    "Bind",
+    "Condition",
+    "ConditionFinding",
+    "Decision",
+    "Evaluation",
+    "Finding",
+    "Policy",
+    "PolicyError",
+    "Rendered",
+    "Request",
+    "Statement",
+    "StatementFinding",
+    "check",
+    "evaluate",
+    "measurements",
+    "pcr_of_certificate",
+    "pcr_of_instance",
+    "pcr_of_role",
+    "render",
+]

@@ -1,0 +1,268 @@
+"""A right key policy, written from the PCRs of images: plaintexts for attested enclaves only.
+
+An Allow alone would do until somebody adds another beside it; so each PCR also gets a Deny, which
+no Allow overrides ("Policy evaluation logic" of the IAM User Guide).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+from keypolicy.check import PLAINTEXT_ACTIONS, RECIPIENT_ACTIONS
+from keypolicy.measure import (
+    PCR_BYTES,
+    image_identity_problem,
+    pcr_names,
+    pcr_of_instance,
+    pcr_of_role,
+)
+from keypolicy.model import (
+    ENCRYPTION_CONTEXT,
+    PolicyError,
+    abbreviated,
+    iam_entity_type,
+    pcr_condition_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_ADMINISTRATION: Final = tuple(
+    f"kms:{name}"
+    for name in """
+        CancelKeyDeletion CreateAlias DeleteAlias DescribeKey DisableKey DisableKeyRotation
+        EnableKey EnableKeyRotation GetKeyPolicy GetKeyRotationStatus ListGrants ListKeyPolicies
+        ListKeyRotations ListResourceTags PutKeyPolicy RevokeGrant RotateKeyOnDemand
+        ScheduleKeyDeletion TagResource UntagResource UpdateAlias UpdateKeyDescription
+    """.split()
+)
+
+
+class Bind(NamedTuple):
+    """An encryption context value that only enclaves with this value of PCR3 or PCR4 may use."""
+
+    name: str
+    value: str
+    pcr: int
+    digest: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read NAME=VALUE:ROLE_ARN or NAME=VALUE:INSTANCE_ID; raises PolicyError."""
+        found = re.fullmatch(r"([^=]+)=(.+):(arn:[^:]+:iam::\d{12}:role/.+|i-[0-9a-f]+)", text)
+        if not found:
+            raise PolicyError(
+                f"{abbreviated(text)} is not NAME=VALUE:ROLE_ARN or NAME=VALUE:INSTANCE_ID"
+            )
+        name, value, parent = found.groups()
+        if parent.startswith("arn:"):
+            return cls(name, value, 3, pcr_of_role(parent))
+        return cls(name, value, 4, pcr_of_instance(parent))
+
+
+class Rendered(NamedTuple):
+    """A key policy as a JSON-able object, and what its author should know about it."""
+
+    policy: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def render(
+    *,
+    principals: Sequence[str],
+    admins: Sequence[str],
+    images: Sequence[Mapping[int, bytes]],
+    encryptors: Sequence[str] = (),
+    binds: Sequence[Bind] = (),
+    actions: Sequence[str] = ("kms:Decrypt",),
+) -> Rendered:
+    """Write a key policy that gives plaintexts to attested enclaves only.
+
+    `principals` are the roles (or users) that the enclaves' parents run with, `admins` manage the
+    key without using it, `encryptors` may only encrypt. Each image is {PCR index: 48 bytes};
+    several are for a roll-over and name the same PCRs. `actions` are of RECIPIENT_ACTIONS. Raises
+    PolicyError for what would be open or useless; `check` finds nothing in what is returned.
+    """
+    _check_people(principals, admins, encryptors)
+    _check_images(images)
+    _check_binds(binds, actions)
+    _check_actions(actions)
+    statements = [_allow("Administration", admins, _ADMINISTRATION)]
+    if encryptors:
+        statements.append(_allow("Encryption", encryptors, ["kms:Encrypt"]))
+    for number, image in enumerate(images, start=1):
+        allow = _allow(f"Enclave{number}", principals, actions)
+        statements.append(allow | {"Condition": _enclave_condition(image, binds)})
+    for index in sorted(images[0]):
+        differs = _pcr_differs(index, [image[index] for image in images])
+        statements.append(_deny(f"DenyOtherPCR{index}", differs))
+    statements += _bind_guards(binds)
+    policy = {"Version": "2012-10-17", "Statement": statements}
+    return Rendered(policy, tuple(_warnings(images[0])))
+
+
+# ---- what would be open or useless
+
+
+def _check_people(
+    principals: Sequence[str], admins: Sequence[str], encryptors: Sequence[str]
+) -> None:
+    """Refuse a missing principal or administrator, a wrong ARN, and a parent with another part."""
+    if not principals or not admins:
+        missing = "administrator" if principals else "principal"
+        raise PolicyError(f"the policy names no {missing}")
+    for what, arns, kinds in (
+        ("principal", principals, ("role", "user")),
+        ("administrator", admins, ("role", "user", "root")),
+        ("encryptor", encryptors, ("role", "user")),
+    ):
+        for arn in arns:
+            if iam_entity_type(arn) not in kinds:
+                expected = " or ".join(kinds)
+                raise PolicyError(f"{what} {abbreviated(arn)} is not the ARN of a {expected}")
+            if what != "principal" and arn in principals:
+                raise PolicyError(
+                    f"{arn} is the parent instance's, which is not trusted: it cannot be {what} too"
+                )
+
+
+def _check_images(images: Sequence[Mapping[int, bytes]]) -> None:
+    """Refuse images that do not name the same PCRs, or whose PCRs admit other images, too."""
+    if not images:
+        raise PolicyError("the policy names no image")
+    for image in images:
+        if set(image) != set(images[0]):
+            raise PolicyError(
+                f"images name {pcr_names(images[0])} and {pcr_names(image)}, "
+                "expected the same PCRs in each"
+            )
+        for index, value in image.items():
+            if not 0 <= index <= 31 or len(value) != PCR_BYTES:
+                raise PolicyError(
+                    f"PCR{index} has {len(value)} bytes, expected PCR0 to PCR31 with {PCR_BYTES}"
+                )
+            if not any(value):
+                raise PolicyError(
+                    f"PCR{index} is all zeros, which is what an enclave in debug mode attests"
+                )
+    problem = image_identity_problem(images[0])
+    if problem:
+        raise PolicyError(f"{problem}: add PCR0, PCR8, or PCR1 together with PCR2")
+
+
+def _check_binds(binds: Sequence[Bind], actions: Sequence[str]) -> None:
+    """Refuse binds that KMS could not tell apart, or would not take literally."""
+    if binds and "kms:DeriveSharedSecret" in actions:
+        raise PolicyError("kms:DeriveSharedSecret has no encryption context to bind")
+    if len({bind.name.lower() for bind in binds}) != len({bind.name for bind in binds}):
+        raise PolicyError(
+            "bound context names differ in case only, which condition keys do not tell apart"
+        )
+    for bind in binds:
+        if "${" in bind.value:
+            raise PolicyError(
+                f"bound value {abbreviated(bind.value)} would be read as a policy variable"
+            )
+        same = [other for other in binds if (other.name, other.value) == (bind.name, bind.value)]
+        if len({other.pcr for other in same}) > 1:
+            raise PolicyError(
+                f"{bind.name}={bind.value} is bound to a role and to an instance, "
+                "expected one of them"
+            )
+
+
+def _check_actions(actions: Sequence[str]) -> None:
+    """Refuse no action at all, and actions that take no attestation document."""
+    if not actions or not set(actions) <= set(RECIPIENT_ACTIONS):
+        raise PolicyError(
+            f"actions are {', '.join(actions) or 'none'}, "
+            f"expected some of {', '.join(RECIPIENT_ACTIONS)}"
+        )
+
+
+# ---- statements
+
+
+def _allow(sid: str, principals: Sequence[str], actions: Sequence[str]) -> dict[str, Any]:
+    """Write an Allow of actions for principals; in a key policy, Resource "*" is the key itself."""
+    return {
+        "Sid": sid,
+        "Effect": "Allow",
+        "Principal": {"AWS": _one_or_list(principals)},
+        "Action": _one_or_list(actions),
+        "Resource": "*",
+    }
+
+
+def _deny(sid: str, condition: dict[str, Any]) -> dict[str, Any]:
+    """Write a Deny of every plaintext of the key for everyone, under a condition."""
+    return {
+        "Sid": sid,
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": list(PLAINTEXT_ACTIONS),
+        "Resource": "*",
+        "Condition": condition,
+    }
+
+
+def _one_or_list(values: Iterable[str]) -> str | list[str]:
+    """Drop repetitions, and write a single value without a list."""
+    unique = list(dict.fromkeys(values))
+    return unique[0] if len(unique) == 1 else unique
+
+
+def _enclave_condition(image: Mapping[int, bytes], binds: Sequence[Bind]) -> dict[str, Any]:
+    """Ask for the PCRs of an image and, where context names are bound, a bound value of each."""
+    condition: dict[str, Any] = {
+        "StringEqualsIgnoreCase": {
+            pcr_condition_key(index): image[index].hex() for index in sorted(image)
+        }
+    }
+    names = dict.fromkeys(bind.name for bind in binds)
+    if names:
+        condition["StringEquals"] = {
+            f"{ENCRYPTION_CONTEXT}{name}": _one_or_list(
+                bind.value for bind in binds if bind.name == name
+            )
+            for name in names
+        }
+    return condition
+
+
+def _pcr_differs(index: int, values: Iterable[bytes]) -> dict[str, Any]:
+    """Hold where no document, or one with another value of this PCR, is sent.
+
+    It is one key for each statement, since several keys of a statement are ANDed.
+    """
+    allowed = _one_or_list(value.hex() for value in values)
+    return {"StringNotEqualsIgnoreCase": {pcr_condition_key(index): allowed}}
+
+
+def _bind_guards(binds: Sequence[Bind]) -> Iterator[dict[str, Any]]:
+    """Deny each bound context value to enclaves with another PCR than those that it is bound to."""
+    # one Deny for all digests of a value: a Deny for each would deny it to the others
+    bound = dict.fromkeys((bind.name, bind.value, bind.pcr) for bind in binds)
+    for number, (name, value, pcr) in enumerate(bound, start=1):
+        digests = [bind.digest for bind in binds if (bind.name, bind.value) == (name, value)]
+        context = {"StringEquals": {f"{ENCRYPTION_CONTEXT}{name}": value}}
+        yield _deny(f"DenyOtherPCR{pcr}ForBind{number}", context | _pcr_differs(pcr, digests))
+
+
+def _warnings(pinned: Iterable[int]) -> Iterator[str]:
+    """Say what the author of a policy that pins these PCRs should know."""
+    yield (
+        "whoever may call kms:PutKeyPolicy can remove these conditions: "
+        "CloudTrail shows that, nothing prevents it"
+    )
+    if 8 in pinned:
+        yield (
+            "PCR8 admits every image signed with this certificate, older ones too: "
+            "use one certificate per application and environment"
+        )
+    if {0, 1, 2} & set(pinned):
+        yield (
+            "PCR0, PCR1 and PCR2 change with every build: "
+            "render this policy anew for each, or use PCR8 alone"
+        )
