@@ -33,8 +33,14 @@ FURTHER_COMMANDS and loaded when they are called.
 
 from __future__ import annotations
 
+from attestor_io.hold import hold
+
+if __name__ == "__main__":
+    hold()  # before the slow imports: a signal amid them would leave a traceback
+
 import atexit
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -50,13 +56,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeVar
 
 import click
 
-from attestor_io import kms_errors
+from attestor_io import kms_errors, signals
 from attestor_io.background import IdleWorker, run_in_background
 from attestor_io.errors import (
     AttestorError,
     EnvelopeError,
     InputError,
-    Interrupted,
     ModuleError,
     NotAuthenticError,
     OutputError,
@@ -64,7 +69,7 @@ from attestor_io.errors import (
     UnreachableError,
 )
 from attestor_io.reading import Message, is_message, read_head
-from attestor_io.secret_file import Target, open_target, signals
+from attestor_io.secret_file import Target, open_target
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
@@ -138,6 +143,7 @@ _ARN: Final = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):[0-9]{12}:(.+)")
 _ENDPOINT: Final = re.compile(r"https://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?", re.IGNORECASE)
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/\s]++={0,2}")
 
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _ALGORITHMS: Final = ("SYMMETRIC_DEFAULT", "RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256", "SM2PKE")
 
 # ------------------------------------------------------------------- the envelope (RFC 5652, X.690)
@@ -713,7 +719,9 @@ class Kms:
 
     def prepare(self, session: Any) -> None:
         """Let a new session load its data and find its credentials in our way."""
-        session.register_component("data_loader", _loader())
+        from attestor_io import sdk_data
+
+        session.register_component("data_loader", sdk_data.loader())
         if self.imds_vsock:
             from attestor_io import vsock
 
@@ -788,14 +796,11 @@ def _configuration_errors_translated() -> Iterator[None]:
     """Let only errors of ours out of the making of a client, and no value of a profile."""
     from botocore import exceptions as sdk
 
-    without_credentials = (
-        sdk.ProfileNotFound,
-        sdk.PartialCredentialsError,
-        sdk.CredentialRetrievalError,
-    )
     try:
         yield
-    except without_credentials as error:
+    except (sdk.ProfileNotFound, sdk.PartialCredentialsError) as error:
+        raise _no_credentials(str(error)) from error
+    except sdk.CredentialRetrievalError as error:
         raise _no_credentials(str(error)) from error
     except Exception as error:
         harmless = isinstance(error, sdk.BotoCoreError | ValueError)
@@ -850,33 +855,6 @@ def _sent_pcrs() -> Mapping[int, bytes]:
         return AttestationDocument.parse(process_recipient().last_document).pcrs
     except DocumentError:
         return {}
-
-
-def _loader() -> Any:
-    """The SDK's loader of its own data, in half the time and memory.
-
-    It neither walks over some 400 folders to list the services, nor makes an OrderedDict of each
-    object in the megabyte of endpoints: a dict keeps its order as well.
-    """
-    import json
-
-    from botocore.loaders import JSONFileLoader, Loader
-
-    class FileLoader(JSONFileLoader):
-        def load_file(self, file_path: str) -> Any:
-            try:
-                with open(f"{file_path}.json", "rb") as source:
-                    return json.load(source)
-            except FileNotFoundError:  # or it is compressed, or not there at all
-                return super().load_file(file_path)
-
-    # the SDK's own folder alone: ~/.aws/models and AWS_DATA_PATH could lead KMS's name elsewhere
-    built_in = [Loader.BUILTIN_DATA_PATH]
-    loader: Any = Loader(built_in, FileLoader(), include_default_search_paths=False)
-    # besides KMS, the services that a source of credentials may call
-    services = "kms s3 sts sso sso-oidc signin".split()
-    loader.list_available_services = lambda type_name: services  # noqa: ARG005
-    return loader
 
 
 # --------------------------------------------------------------------------------- edges: the input
@@ -1006,7 +984,6 @@ class _Cli(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command and exit; see the module's docstring for the statuses."""
-        signals.install()
         if sys.argv[1:]:  # completion asks without arguments: with some, nothing must look done
             os.environ.pop("_ATTESTOR_COMPLETE", None)
         kwargs |= {"prog_name": "attestor", "standalone_mode": False}
@@ -1035,13 +1012,12 @@ def _room_of(spec: str) -> str:
 
 
 def _status_of(command: Callable[[], Any]) -> int:
-    """Run a command to its exit status; from its error on, a signal comes too late."""
+    """Run a command to its exit status."""
     try:
         return int(command() or 0)
-    except Interrupted as interrupted:
-        return interrupted.status
+    except signals.Interrupted as interrupted:
+        signals.end_by(interrupted.number)
     except Exception as error:  # noqa: BLE001 - every one becomes a message and a status
-        signals.point_of_no_return()
         return _report(error)
 
 
@@ -1050,6 +1026,8 @@ def _report(error: Exception) -> int:
     match error:
         case AttestorError():
             return _fail(error.status, str(error), *error.hints, notes=error.notes)
+        case OSError() if error.errno in _EXHAUSTED:
+            return _fail(UnreachableError.status, f"the system has too little: {error.strerror}")
         case click.exceptions.NoArgsIsHelpError():
             with contextlib.suppress(OSError):
                 click.echo(error.format_message(), err=True)
@@ -1340,7 +1318,8 @@ def decrypt_into(
         **bound.parameters(),
         **drop_unset(EncryptionAlgorithm=algorithm),
     )
-    target.write(answer["Plaintext"])  # 5. the file
+    target.append(answer["Plaintext"])
+    target.place()  # 5. the file
 
 
 def warn_unless_pinned(key_id: str | None, *, any_key: bool) -> None:
@@ -1362,6 +1341,8 @@ def _check_key_options(key_id: str | None, *, any_key: bool, algorithm: str | No
 
 def main() -> NoReturn:
     """Run the command line."""
+    hold()
+    signals.owner.start()
     _hide_memory()
     gc.disable()  # so short a process ends before a collection pays
     try:

@@ -76,5 +76,4 @@ def encrypt(
                 {"KeyId": key_id, "Plaintext": head, "EncryptionContext": encryption_context}
             )
             target.append(answer["CiphertextBlob"])
-        target.seal()
         target.place()

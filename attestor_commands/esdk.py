@@ -199,8 +199,6 @@ def decrypt_into(
         return kms.call("decrypt", **parameters)
 
     decrypt(message, target.append, ask, bound, signed=signed)
-    target.append(b"")  # of an empty plaintext too
-    target.seal()
     target.place()
 
 

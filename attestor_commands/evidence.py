@@ -47,7 +47,8 @@ def attest(
     with evidence_errors():
         fields = field_values(nonce=nonce, user_data=user_data, public_key=public_key)
     with open_target(output, force=force) as target:
-        target.write(use_module(lambda module: module.attest(**fields)))
+        target.append(use_module(lambda module: module.attest(**fields)))
+        target.place()
 
 
 @click.command()

@@ -166,7 +166,8 @@ def generate_random(size: int, output: str, force: bool, **connection: Any) -> N
     with open_target(output, force=force) as target:
         answer = kms.call("generate_random", NumberOfBytes=size)
         _check_size(answer["Plaintext"], size)
-        target.write(answer["Plaintext"])
+        target.append(answer["Plaintext"])
+        target.place()
 
 
 @click.command()
@@ -197,7 +198,8 @@ def derive_shared_secret(
             PublicKey=public_key,
             **drop_unset(GrantTokens=list(grant_tokens)),
         )
-        target.write(answer["SharedSecret"])
+        target.append(answer["SharedSecret"])
+        target.place()
 
 
 class _Outputs(Placement):

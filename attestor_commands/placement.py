@@ -1,54 +1,64 @@
-"""Several targets that are there together, or not at all."""
+"""Several files that are there together or not at all, and the program that they are for."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from typing import TYPE_CHECKING
 
+from attestor_io import signals
 from attestor_io.errors import OutputError
-from attestor_io.secret_file import SecretFile, signals
+from attestor_io.secret_file import SecretFile, drop_replaced, placed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import NoReturn, Self
 
 
 class Placement:
     """Files that get their names after all of them are complete; a context manager.
 
-    Each target is absent or complete at any moment. Leaving with an error, or a signal while the
-    names are given, takes back what was placed, and puts back what was replaced.
+    Leaving it without `place` leaves nothing.
     """
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._targets: list[SecretFile] = []
+        self._files: list[SecretFile] = []
         self._lock = threading.Lock()
         self._left = False
 
     def add(
         self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
     ) -> SecretFile:
-        """One more target; raises OutputError if it cannot be written."""
-        target = self._stack.enter_context(SecretFile(path, force=force, mode=mode, owner=owner))
-        self._targets.append(target)
-        return target
+        """One more file; raises OutputError if it cannot be written."""
+        file = self._stack.enter_context(SecretFile(path, force=force, mode=mode, owner=owner))
+        self._files.append(file)
+        return file
 
-    def append(self, target: SecretFile, data: bytes) -> None:
-        """Write more of a target; any thread may, for its descriptor is not closed meanwhile."""
+    def append(self, file: SecretFile, data: bytes) -> None:
+        """Write more of a file; any thread may, for its descriptor is not closed meanwhile."""
         with self._lock:
             if self._left:
                 raise OutputError("the placement was given up")
-            target.append(data)
+            file.append(data)
 
     def place(self) -> None:
-        """Give every target its name; each must be sealed."""
-        for target in self._targets:
-            target.place(keep=True)
-        signals.point_of_no_return()
-        for target in self._targets:
-            target.settle()
+        """Give every file its name, or none; each must be sealed."""
+        with placed(self._files):
+            pass
+
+    def place_and_become(self, execute: Callable[[], NoReturn]) -> NoReturn:
+        """Give every file its name, and call `execute`, which ends in execve or raises.
+
+        Nothing temporary is left behind execve. If it fails, or a signal has come before, all files
+        are taken back.
+        """
+        with placed(self._files):
+            replaced = [file for file in self._files if file.replaced]
+            with _dropped_by_execve(replaced), signals.owner.handed_over():
+                execute()
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +69,43 @@ class Placement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        signals.point_of_no_return()  # a second signal must not stop the taking back
         with self._lock:
             self._left = True
         self._stack.__exit__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def _dropped_by_execve(files: Sequence[SecretFile]) -> Iterator[None]:
+    """Have what these files replaced removed once execve has succeeded within the block.
+
+    Before execve it must stay, since only execve tells whether all is taken back, and behind it
+    this process has no code of its own left. A helper waits at a pipe, whose other end execve
+    closes.
+    """
+    if not files:
+        yield
+        return
+    try:
+        reader, writer = os.pipe()  # both are closed by execve
+        helper = os.fork()
+    except OSError as error:
+        raise OutputError(f"what is replaced cannot be removed: {error.strerror}") from error
+    if helper == 0:
+        _help(files, reader, writer)
+    os.close(reader)
+    os.waitpid(helper, 0)
+    try:
+        yield
+    finally:
+        os.write(writer, b"x")  # execve failed
+        os.close(writer)
+
+
+def _help(files: Sequence[SecretFile], reader: int, writer: int) -> NoReturn:
+    """Wait until execve has closed the pipe, and remove what was replaced."""
+    with contextlib.suppress(BaseException):  # whatever happens: this copy has nothing else to do
+        if os.fork() == 0:  # the program shall have no child that it does not know
+            os.close(writer)
+            if not os.read(reader, 1):
+                drop_replaced(files)
+    os._exit(0)

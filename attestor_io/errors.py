@@ -58,11 +58,3 @@ class OutputError(AttestorError):
     """The secret cannot be written."""
 
     status = 7
-
-
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP; no `except Exception` in between must swallow it."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.status = 128 + signal_number

@@ -1,70 +1,57 @@
-"""Where a secret goes: a file that is absent or complete at any moment, or standard output."""
+"""Where a secret goes: a file that is absent or complete at any moment, or standard output.
+
+One path for every file that a command writes: `append` fills it, `seal` gives it owner and mode and
+makes its contents durable, `placed` gives one or several of them their names. Until then a file has
+no name (O_TMPFILE), or a hidden one in its target's folder where the file system or a missing /proc
+demands that.
+
+A file that is replaced keeps a hidden name until all is done: it comes back by a rename, which
+needs no space, no descriptor and no name, and it comes back as the same file. SIGKILL may leave
+hidden names, of complete files or of files that never got a name; the next command that writes into
+the folder removes them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import re
+import stat
 import sys
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from attestor_io.errors import InputError, Interrupted, OutputError
+from attestor_io import signals
+from attestor_io.errors import InputError, OutputError
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
     from typing import Self
 
-
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP as an exception, up to the point of no return: behind it they come
-    too late.
-    """
-
-    late = False
-
-    def install(self) -> None:
-        """Take over these signals, unless whoever started us has them ignored."""
-        import signal
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._interrupt)
-        self.late = False
-
-    def point_of_no_return(self) -> None:
-        """From here on the process ends with its result; handlers run in this thread, so there is
-        no window.
-        """
-        self.late = True
-
-    def _interrupt(self, number: int, _frame: FrameType | None) -> None:
-        if not self.late:
-            self.late = True  # while this one is unwound, another must not stop the cleaning up
-            raise Interrupted(number)
-
-
-signals = Signals()
+_HIDDEN: Final = re.compile(r"\.attestor-[0-9a-f]{16}")
+_RENAME_NOREPLACE: Final = 1  # linux/fs.h, as is the next
+_RENAME_EXCHANGE: Final = 2
+# open(2): EOPNOTSUPP by a file system without O_TMPFILE, the others by kernels and overlays
+_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+# rename(2): what a file system, a kernel or a C library says that has no such rename
+_NO_RENAME: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class Target(Protocol):
     """Where a secret goes.
 
-    Entering checks what can be checked; leaving without `write` leaves nothing.
+    Making one checks what can be checked; leaving its context without `place` leaves nothing.
     """
 
-    def write(self, secret: bytes) -> None:
-        """Put the secret in its place, whole or not at all; raises OutputError."""
-        ...
-
     def append(self, data: bytes) -> None:
-        """Write more of it, without the name yet; raises OutputError."""
-        ...
-
-    def seal(self) -> None:
-        """Make what was appended durable; raises OutputError."""
+        """Write more of the secret, which nobody can see yet; raises OutputError."""
         ...
 
     def place(self) -> None:
-        """Put what was appended in its place; raises OutputError."""
+        """Put what was appended in its place, whole or not at all; raises OutputError."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -94,26 +81,17 @@ class StandardOutput:
             )
         self._held: list[bytes] = []
 
-    def write(self, secret: bytes) -> None:
-        """Write all of it; a reader that went away is an error."""
-        view = memoryview(secret)
-        try:
-            while view:
-                view = view[os.write(1, view) :]
-        except OSError as error:
-            raise OutputError(f"standard output cannot be written: {error.strerror}") from error
-
     def append(self, data: bytes) -> None:
         """Hold it in memory: nothing may come out before all of it is known to be authentic."""
         self._held.append(data)
 
-    def seal(self) -> None:
-        """A stream is not synced."""
-
     def place(self) -> None:
-        """Write what was held."""
-        for data in self._held:
-            self.write(data)
+        """Write what was held; a reader that went away is an error."""
+        try:
+            for data in self._held:
+                _write_all(1, data)
+        except OSError as error:
+            raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -128,194 +106,181 @@ class StandardOutput:
 
 
 class SecretFile:
-    """A file that is absent or complete at any moment, durable when it is there; mode 0600 until it
-    is complete.
+    """A file that is absent or complete at any moment; mode 0600 until it is sealed.
 
-    An unnamed file (O_TMPFILE) gets its name by linkat when it is written and synced: until then
-    even SIGKILL leaves nothing. A file system without them, or a missing /proc, gets a temporary
-    name in the same folder instead. The folder is held open, so that nobody can swap it in between;
-    a symbolic link as the target is never followed. Leaving with an error takes back what was
-    placed; what it replaced comes back too if it was kept. SIGKILL amid a replacement may leave a
-    second name of the old file, never a part of the new one.
+    The target's folder is held open, so that nobody can swap it in between; a symbolic link as the
+    target is never followed, but replaced. Raises OutputError for what cannot be prepared.
     """
 
     def __init__(
         self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
     ) -> None:
-        self._path = path
-        self._force = force
-        self._mode, self._owner = mode, owner
+        self._path, self._force, self._mode, self._owner = path, force, mode, owner
         folder, self._name = os.path.split(path)
-        self._temporary: str | None = None
-        self._kept: str | None = None
-        self._file = self._old = -1
+        self._new = self._old = ""  # hidden names: of this file, and of what it replaces
+        self._placed = False
+        self._file = self._folder = -1
         try:
-            self._folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
-        try:
-            self._check()
+            with self._errors_translated():
+                self._folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._check()
+                _remove_leftovers(self._folder)
+                self._file = self._create()
         except BaseException:
-            os.close(self._folder)
+            self._close()
             raise
 
     def _check(self) -> None:
-        """Everything that can be known before KMS is asked."""
-        try:
-            self._check_name()
-            if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder, effective_ids=True):
-                raise OutputError(f"{self._path} cannot be written: its folder is not writable")
-            if os.path.isdir("/proc/self/fd"):  # linkat needs it to find the unnamed file
-                self._file = self._open(".", os.O_TMPFILE)
-        except OSError as error:
-            if error.errno not in _NO_TMPFILE:
-                raise self._failed(error) from error
-
-    def _check_name(self) -> None:
-        import stat
-
+        """Find out what can be known before KMS is asked."""
         if self._name in {"", ".", ".."}:
-            raise OutputError(f"{self._path} cannot be written: it names a folder")
-        try:
-            mode = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False).st_mode
-        except FileNotFoundError:
-            return
-        if not self._force:
+            raise self._unwritable("it names a folder")
+        mode = self._mode_of_target()
+        if mode and not self._force:
             raise OutputError(f"{self._path} exists", "--force replaces it")
-        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise OutputError(f"{self._path} is no file that could be replaced")
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder, effective_ids=True):
+            raise self._unwritable("its folder is not writable")
 
-    def write(self, secret: bytes) -> None:
-        """Write, sync, and give it its name."""
-        self.append(secret)
-        self.seal()
-        signals.point_of_no_return()
-        self.place(keep=True)
-        self.settle()
+    def _mode_of_target(self) -> int:
+        """Type and mode of what has the name now; 0 where nothing has it."""
+        try:
+            return os.stat(self._name, dir_fd=self._folder, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return 0
+
+    def _create(self) -> int:
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        if os.path.isdir("/proc/self/fd"):  # linkat needs it to find the unnamed file
+            try:
+                return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._folder)
+            except OSError as error:
+                if error.errno not in _NO_TMPFILE:
+                    raise
+        signals.owner.enter()  # a signal finds the name in the list, or not on the disk
+        try:
+            self._new = self._hidden_name()
+            flags |= os.O_CREAT | os.O_EXCL
+            return os.open(self._new, flags, 0o600, dir_fd=self._folder)
+        finally:
+            signals.owner.leave()
 
     def append(self, data: bytes) -> None:
-        """Write more of it; it has no name yet."""
-        try:
-            if self._file < 0:
-                self._file = self._open(self._new_name(), os.O_CREAT | os.O_EXCL)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._file, view) :]
-        except OSError as error:
-            raise self._failed(error) from error
+        """Write more of it; raises OutputError."""
+        with self._errors_translated():
+            _write_all(self._file, data)
 
     def seal(self) -> None:
         """Give the complete file its owner and mode, and make its contents durable."""
-        try:
+        with self._errors_translated():
             if self._owner != (-1, -1):
                 os.fchown(self._file, *self._owner)
             os.fchmod(self._file, self._mode)  # the umask may have taken bits away
             os.fsync(self._file)
-        except OSError as error:
-            raise self._failed(error) from error
 
-    def place(self, *, keep: bool = False) -> None:
-        """Give the file its name, durably; `keep` what it replaces, for `take_back`, until
-        `settle`.
-        """
-        try:
-            if keep and self._force:
-                self._keep()
-            self._place()
+    def place(self) -> None:
+        """Seal it and give it its name, durably."""
+        self.seal()
+        with placed([self]):
+            pass
+
+    @property
+    def replaced(self) -> bool:
+        """Whether what had the name before is still there, under a hidden one."""
+        return self._old != ""
+
+    def take_name(self) -> None:
+        """Give the file its name, durably; what had it before keeps a hidden one."""
+        with self._errors_translated():
+            if self._force and self._mode_of_target():
+                self._replace()
+            elif self._new:
+                self._rename_to_free_name()
+            else:
+                self._link(self._name)
+                self._placed = True
             os.fsync(self._folder)
-        except OSError as error:
-            self.take_back()
-            raise self._failed(error) from error
 
-    def _place(self) -> None:
-        unnamed = self._temporary is None
-        if unnamed and self._force:  # linkat cannot replace: first any name, then rename
-            self._link(self._new_name())
-        if self._temporary is None:
-            self._link(self._name)
-        elif self._force:
-            os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-            self._temporary = None
-        else:
-            os.link(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-
-    def _keep(self) -> None:
-        """Give what will be replaced a second name."""
-        self._kept = _random_name()
+    def _replace(self) -> None:
+        """Swap names with the target, in one step where the file system can."""
+        if not self._new:  # linkat replaces nothing, so that the unnamed file needs a name first
+            self._new = self._hidden_name()
+            self._link(self._new)
         try:
-            os.link(
-                self._name,
-                self._kept,
-                src_dir_fd=self._folder,
-                dst_dir_fd=self._folder,
-                follow_symlinks=False,
-            )
-        except FileNotFoundError:  # there is nothing to replace
-            self._kept = None
+            _rename(self._folder, self._new, self._name, _RENAME_EXCHANGE)
+            self._new, self._old = "", self._new
+        except OSError as error:
+            if error.errno not in _NO_RENAME:
+                raise
+            self._old = self._hidden_name()
+            self._in_folder(os.link, self._name, self._old, follow_symlinks=False)
+            self._in_folder(os.rename, self._new, self._name)
+            self._new = _forget(self._new)
+        self._placed = True
 
-    def settle(self) -> None:
-        """Let go of what was replaced; until exec or the end its contents stay at hand for
-        `take_back`.
-        """
-        if self._kept is not None:
-            with contextlib.suppress(OSError):  # ELOOP: a symbolic link
-                self._old = os.open(
-                    self._kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder
-                )
-            with contextlib.suppress(OSError):
-                os.unlink(self._kept, dir_fd=self._folder)
-            self._kept = None
+    def _rename_to_free_name(self) -> None:
+        """Give the named file the target's name, if nothing has it."""
+        try:
+            _rename(self._folder, self._new, self._name, _RENAME_NOREPLACE)
+            self._new = _forget(self._new)
+        except OSError as error:
+            if error.errno not in _NO_RENAME:
+                raise
+            self._in_folder(os.link, self._new, self._name, follow_symlinks=False)
+            self._placed = True
+            os.unlink(self._new, dir_fd=self._folder)
+            self._new = _forget(self._new)
+        self._placed = True
 
     def take_back(self) -> None:
-        """Remove the placed file, or put back what it replaced; what somebody else put there
-        meanwhile stays.
-        """
-        with contextlib.suppress(OSError):
-            if self._is_placed() and self._old >= 0:
-                self._kept = self._copy_of_old()
-            if self._is_placed() and self._kept is not None:
-                os.rename(self._kept, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-                self._kept = None
-            elif self._is_placed():
-                os.unlink(self._name, dir_fd=self._folder)
-        self.settle()
+        """Put back what was replaced, or remove what is new; what others put there stays."""
+        for _ in range(2):  # one failure may pass, and there is nothing better to do
+            with contextlib.suppress(OSError):
+                if self._placed and self._has_its_name():
+                    if self._old:
+                        self._in_folder(os.rename, self._old, self._name)
+                        self._old = _forget(self._old)
+                    else:
+                        os.unlink(self._name, dir_fd=self._folder)
+                self._placed = False
+                return
+        self._old = _forget(self._old)  # what was replaced is not lost: it stays under this name
 
-    def _copy_of_old(self) -> str:
-        """The name of a file that is what was replaced: contents, mode and owner."""
-        status, name = os.fstat(self._old), _random_name()
-        copy = self._open(name, os.O_CREAT | os.O_EXCL)
-        try:
-            while os.sendfile(copy, self._old, None, 1 << 30):
-                pass
-            os.fchown(copy, status.st_uid, status.st_gid)
-            os.fchmod(copy, status.st_mode & 0o7777)
-            os.fsync(copy)
-        finally:
-            os.close(copy)
-        return name
+    def _has_its_name(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            return os.path.samestat(status, os.fstat(self._file))
+        return False
 
-    def _is_placed(self) -> bool:
-        if self._file < 0:
-            return False
-        placed = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-        return os.path.samestat(placed, os.fstat(self._file))
+    def drop_replaced(self) -> None:
+        """Remove what was replaced, for good; raises OutputError."""
+        with self._errors_translated():
+            os.unlink(self._old, dir_fd=self._folder)
+            self._old = _forget(self._old)
 
     def _link(self, name: str) -> None:
-        # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which is what open(2)
-        # prescribes for O_TMPFILE
-        os.link(f"/proc/self/fd/{self._file}", name, dst_dir_fd=self._folder, follow_symlinks=True)
+        # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which open(2) prescribes for
+        # the files of O_TMPFILE
+        source = f"/proc/self/fd/{self._file}"
+        os.link(source, name, dst_dir_fd=self._folder, follow_symlinks=True)
 
-    def _open(self, name: str, flags: int) -> int:
-        return os.open(
-            name, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._folder
-        )
+    def _in_folder(self, change: Callable[..., None], old: str, new: str, **flags: bool) -> None:
+        change(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder, **flags)
 
-    def _new_name(self) -> str:
-        self._temporary = _random_name()
-        return self._temporary
+    def _hidden_name(self) -> str:
+        name = f".attestor-{os.urandom(8).hex()}"
+        _hidden_names[name] = self._folder
+        return name
 
-    def _failed(self, error: Exception) -> OutputError:
-        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+    @contextlib.contextmanager
+    def _errors_translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a file name"
+            raise self._unwritable(reason or str(error)) from error
+
+    def _unwritable(self, reason: str) -> OutputError:
         return OutputError(f"{self._path} cannot be written: {reason}")
 
     def __enter__(self) -> Self:
@@ -327,26 +292,110 @@ class SecretFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self.take_back()
-        if self._temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary, dir_fd=self._folder)
-        for descriptor in (self._file, self._old, self._folder):
+        self._close()
+
+    def _close(self) -> None:
+        for name in filter(None, (self._new, self._old)):
+            _remove(name)
+        for descriptor in (self._file, self._folder):
             if descriptor >= 0:
                 os.close(descriptor)
 
 
-def _random_name() -> str:
-    return f".attestor-{os.urandom(8).hex()}"
+@contextlib.contextmanager
+def placed(files: Sequence[SecretFile]) -> Iterator[None]:
+    """Give all files their names, or none: any error, within the block too, takes them back.
+
+    Within the block what they replaced is still there. Behind it the process ends with its result:
+    a signal comes too late.
+    """
+    signals.owner.enter()
+    try:
+        for file in files:
+            file.take_name()
+        yield
+        drop_replaced([file for file in files if file.replaced])
+    except BaseException:
+        for file in reversed(files):
+            file.take_back()
+        signals.owner.leave()
+        raise
 
 
-def _no_tmpfile_errors() -> frozenset[int]:
-    import errno
+def drop_replaced(files: Sequence[SecretFile]) -> None:
+    """Remove what these files replaced; raises OutputError while nothing of it is gone."""
+    for index, file in enumerate(files):
+        try:
+            file.drop_replaced()
+        except OutputError:
+            if index == 0:
+                raise
+            with contextlib.suppress(OutputError):  # if it stays, the next command removes it
+                file.drop_replaced()
 
-    # open(2): EOPNOTSUPP by a file system without it, EISDIR and ENOENT by kernels and overlays
-    # without it
-    return frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+
+_hidden_names: Final[dict[str, int]] = {}
+"""The hidden names that this process made, and the folders that they are in."""
 
 
-_NO_TMPFILE: Final = _no_tmpfile_errors()
+def _forget(name: str) -> str:
+    """Take a name that is gone off the list; returns none, to be kept in its place."""
+    _hidden_names.pop(name, None)
+    return ""
+
+
+def _remove(name: str) -> None:
+    """Remove a hidden name of ours, whatever the first attempt says."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=_hidden_names.get(name, -1))
+            break
+    _forget(name)
+
+
+def _remove_all() -> None:
+    for name in list(_hidden_names):
+        _remove(name)
+
+
+signals.owner.clean_up = _remove_all
+
+
+def _remove_leftovers(folder: int) -> None:
+    """Remove the hidden names of dead processes from a folder that is held open.
+
+    Living ones hold a shared lock on the folder as long as they may have names in it. A folder that
+    cannot be locked (NFS) or listed keeps them.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in filter(_HIDDEN.fullmatch, os.listdir(folder)):
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=folder)
+    for _ in range(20):  # whoever else removes some now is done in no time
+        try:
+            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            break
+        else:
+            break
+
+
+def _rename(folder: int, old: str, new: str, flags: int) -> None:
+    """Call renameat2(2) within one folder; raises OSError, ENOSYS where libc does not have it."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if rename(folder, os.fsencode(old), folder, os.fsencode(new), flags):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ VECTORS: Final = ROOT.parent / "shared" / "vectors"
 
 @dataclass(frozen=True)
 class Run:
-    """What a command did: exit status, standard output, standard error."""
+    """What a command did: exit status as a shell shows it, standard output, standard error."""
 
     status: int
     out: bytes
@@ -88,7 +89,8 @@ class Enclave:
             check=False,
             timeout=120,
         )
-        return Run(done.returncode, done.stdout, done.stderr.decode())
+        status = done.returncode if done.returncode >= 0 else 128 - done.returncode
+        return Run(status, done.stdout, done.stderr.decode())
 
     def attestor(
         self,
@@ -129,6 +131,19 @@ def enclaves(tmp_path: Path) -> Iterator[Callable[..., Enclave]]:
     """Makes enclaves with other options of World; all of them see one folder."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: Enclave(stack.enter_context(World(**options)), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Skip where nobody may mount."""
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
+        pytest.skip(
+            "mount namespaces are not to be had: as root, or with user namespaces allowed, they are"
+        )
 
 
 @pytest.fixture(scope="session")

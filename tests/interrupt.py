@@ -4,7 +4,7 @@
 
 POINT is the function of `os` that is about to be called, "fsync-folder" the second fsync; WHAT is a
 signal's name, the name of an errno, or SIGINT+SIGTERM for a second signal while the first cleans
-up. With NO_TMPFILE set, files get a temporary name.
+up. With NO_TMPFILE set, files get a temporary name; with NO_EXCHANGE set, they cannot be exchanged.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ import attestor
 from attestor_io import secret_file
 
 
+def without_exchange(*_: object) -> None:
+    """Be a file system that has no renameat2."""
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
 def main() -> None:
     """Arm the point once the secret is at hand, then run the command line."""
     point, what, *arguments = sys.argv[1:]
@@ -26,6 +31,8 @@ def main() -> None:
     if "NO_TMPFILE" in os.environ:
         isdir = os.path.isdir  # as where /proc is not mounted
         os.path.isdir = lambda path: path != "/proc/self/fd" and isdir(path)  # type: ignore[assignment]  # on purpose
+    if "NO_EXCHANGE" in os.environ:
+        secret_file._rename = without_exchange  # type: ignore[assignment]  # it takes anything
     original = getattr(os, point)
     calls = iter([False, True] if second else [True])
 
@@ -48,13 +55,13 @@ def main() -> None:
         os.kill(os.getpid(), signal.Signals[first])
         return original(*args, **kwargs)
 
-    write = secret_file.SecretFile.write
+    append = secret_file.SecretFile.append
 
-    def armed(self: secret_file.SecretFile, secret: bytes) -> None:
+    def armed(self: secret_file.SecretFile, data: bytes) -> None:
         setattr(os, point, interrupted)
-        write(self, secret)
+        append(self, data)
 
-    secret_file.SecretFile.write = armed  # type: ignore[method-assign]  # the point of this program
+    secret_file.SecretFile.append = armed  # type: ignore[method-assign]  # the point of this program
     sys.argv[1:] = arguments
     attestor.main()
 

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from werkzeug.wrappers import Response
 
-from attestor_commands.inject.run import CREDENTIALS
+from attestor_commands.inject.program import CREDENTIALS
 from nitrosim.metadata import MetadataService
 from nitrosim.server import HttpServer
 from tests.conftest import ROOT, Run

@@ -222,34 +222,50 @@ def test_any_secret_that_fails_leaves_the_folder_as_it_was(manifest: Manifest, n
     assert manifest.placed() == {"s3": b"old"}
 
 
+def interrupted(manifest: Manifest, point: int, what: str) -> Run:
+    """Inject with an error, or a signal's name, behind the point-th name that is given."""
+    (manifest.enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
+    program = (
+        "import attestor, os, signal\n"
+        "from attestor_io import secret_file\n"
+        "take_name, calls = secret_file.SecretFile.take_name, []\n"
+        "def failing(self):\n"
+        "    calls.append(1)\n"
+        "    take_name(self)\n"
+        f"    if len(calls) == {point}:\n"
+        f"        if {what!r} == 'EIO': raise attestor.OutputError('EIO')\n"
+        f"        os.kill(os.getpid(), signal.{what if what != 'EIO' else 'SIGTERM'})\n"
+        "secret_file.SecretFile.take_name = failing\n"
+        "attestor.main()"
+    )
+    return manifest.enclave.run(sys.executable, "-c", program, "inject", "--force", "m.toml")
+
+
 @pytest.mark.parametrize("point", [1, 2, 3])
-@pytest.mark.parametrize(("what", "status"), [("EIO", 7), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_failure_while_names_are_given_takes_all_of_them_back(
-    manifest: Manifest, point: int, what: str, status: int
+    manifest: Manifest, point: int
 ) -> None:
     for name in "abc":
         manifest.secret(name)
     (manifest.run / "b").write_bytes(b"old")
     (manifest.run / "c").symlink_to("nowhere")
-    (manifest.enclave.folder / "m.toml").write_text(manifest.text, encoding="utf-8")
-    program = (
-        "import attestor, errno, os, signal, sys\n"
-        "from attestor_io import secret_file\n"
-        "place, calls = secret_file.SecretFile.place, []\n"
-        "def failing(self, **keys):\n"
-        "    calls.append(1)\n"
-        "    place(self, **keys)\n"
-        f"    if len(calls) == {point}:\n"
-        f"        if {what!r} == 'EIO': raise attestor.OutputError('EIO')\n"
-        f"        os.kill(os.getpid(), signal.{what if what != 'EIO' else 'SIGTERM'})\n"
-        "secret_file.SecretFile.place = failing\n"
-        "attestor.main()"
-    )
-    run = manifest.enclave.run(sys.executable, "-c", program, "inject", "--force", "m.toml")
-    assert run.status == status, run.err
+    inodes = [(manifest.run / name).lstat().st_ino for name in "bc"]
+    assert interrupted(manifest, point, "EIO").status == 7
     assert set(os.listdir(manifest.run)) == {"b", "c"}
+    assert [(manifest.run / name).lstat().st_ino for name in "bc"] == inodes
     assert (manifest.run / "b").read_bytes() == b"old"
     assert (manifest.run / "c").readlink().name == "nowhere"
+
+
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_while_names_are_given_lets_all_of_them_be_given(
+    manifest: Manifest, what: str
+) -> None:
+    for name in "abc":
+        manifest.secret(name, name.encode())
+    (manifest.run / "b").write_bytes(b"old")
+    assert interrupted(manifest, 2, what) == DONE
+    assert manifest.placed() == {name: name.encode() for name in "abc"}
 
 
 def test_kill_at_any_moment_leaves_only_complete_and_private_targets(manifest: Manifest) -> None:
@@ -300,7 +316,7 @@ def test_a_signal_while_kms_is_silent(
         while "KMS at" not in (line := child.stderr.readline()):
             assert line
         child.send_signal(number)
-        assert child.wait(timeout=10) == 128 + number
+        assert child.wait(timeout=10) == -number
     assert manifest.placed() == {}
 
 
@@ -351,7 +367,7 @@ def test_the_program_takes_over(manifest: Manifest) -> None:
 
 def test_the_program_dies_of_its_own_signals(manifest: Manifest) -> None:
     manifest.secret("a")
-    assert manifest.inject("--", "sh", "-c", "kill -TERM $$").status == -signal.SIGTERM
+    assert manifest.inject("--", "sh", "-c", "kill -TERM $$").status == 128 + signal.SIGTERM
     shown = manifest.inject("--force", "--", "sh", "-c", "grep SigIgn /proc/self/status")
     assert int(shown.out.split()[1], 16) & 1 << (signal.SIGPIPE - 1) == 0
 
@@ -399,15 +415,82 @@ def test_a_program_that_cannot_be_run(
     refused(manifest, manifest.inject("--", program), status, part)
 
 
+def last_minute(manifest: Manifest) -> str:
+    """A program that nothing but execve refuses: ELF, without an interpreter and without code."""
+    path = manifest.enclave.folder / "broken"
+    path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(249))
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_a_program_that_fails_at_last_leaves_what_was_replaced(manifest: Manifest) -> None:
-    (manifest.enclave.folder / "orphan").write_bytes(b"#!/no/such/interpreter\n")
-    (manifest.enclave.folder / "orphan").chmod(0o755)
+    """The same files are there again, not copies: links, times, and a symbolic link as a target."""
+    for name in ("new", "old", "link"):
+        manifest.secret(name)
+    (manifest.run / "old").write_bytes(b"old")
+    (manifest.run / "old").chmod(0o640)
+    (manifest.run / "other name").hardlink_to(manifest.run / "old")
+    (manifest.run / "link").symlink_to("nowhere")
+    before = {path.name: path.lstat() for path in manifest.run.iterdir()}
+    run = manifest.inject("--force", "--", last_minute(manifest))
+    assert run.status == 126
+    assert "Exec format error" in run.error
+    after = {path.name: path.lstat() for path in manifest.run.iterdir()}
+    same = ("st_ino", "st_nlink", "st_mode", "st_mtime_ns", "st_size")
+    assert {name: [getattr(status, one) for one in same] for name, status in after.items()} == {
+        name: [getattr(status, one) for one in same] for name, status in before.items()
+    }
+
+
+def test_a_full_disk_does_not_keep_what_was_replaced_from_coming_back(
+    manifest: Manifest, namespaces: None
+) -> None:
     manifest.secret("a").secret("b")
-    (manifest.run / "a").write_bytes(b"old")
-    (manifest.run / "a").chmod(0o640)
-    assert manifest.inject("--force", "--", "./orphan").status == 126
-    assert manifest.placed() == {"a": b"old"}
-    assert stat.S_IMODE((manifest.run / "a").stat().st_mode) == 0o640
+    manifest.enclave.place(manifest.text.encode(), "m.toml")
+    script = (
+        f"mount -t tmpfs -o size=24k none {manifest.run} && cd {manifest.run} && "
+        "printf old-a > a && printf old-b > b && head -c 8192 /dev/zero > x && cd - >/dev/null && "
+        f"{sys.executable} -m attestor inject --force m.toml -- {last_minute(manifest)}; "
+        f"status=$?; cat /dev/zero > {manifest.run}/filler 2>/dev/null; ls -A {manifest.run}; "
+        f"cat {manifest.run}/a {manifest.run}/b; exit $status"
+    )
+    run = manifest.enclave.run("unshare", "--map-root-user", "--mount", "sh", "-c", script)
+    assert run.status == 126, run.err
+    assert run.out.endswith(b"old-aold-b")
+    assert set(run.out.split()[:-1]) == {b"a", b"b", b"filler", b"x"}
+
+
+@pytest.mark.parametrize("descriptors", [20, 24, 29, 34])
+def test_few_descriptors_lose_nothing(manifest: Manifest, descriptors: int) -> None:
+    names = [f"t{number}" for number in range(10)]
+    for name in names:
+        manifest.secret(name)
+        (manifest.run / name).write_bytes(b"old")
+    manifest.enclave.place(manifest.text.encode(), "m.toml")
+    command = f"{sys.executable} -m attestor inject --force m.toml -- {last_minute(manifest)}"
+    run = manifest.enclave.run("sh", "-c", f"ulimit -n {descriptors}; exec {command}")
+    assert run.status in {3, 5, 7, 126}, run.err
+    assert manifest.placed() == dict.fromkeys(names, b"old")
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_no_name_is_left_behind_exec(
+    manifest: Manifest, namespaces: None, force: tuple[str, ...], unnamed: bool
+) -> None:
+    """The program's unlink removes the secret: there is no second, hidden name of it."""
+    manifest.secret("a").secret("b")
+    if force:
+        (manifest.run / "a").write_bytes(b"old")
+    manifest.enclave.place(manifest.text.encode(), "m.toml")
+    program = manifest.enclave.place(
+        b"#!/bin/sh\nstat -c %h run/a run/b\nsleep 1; ls -A run\n", "p"
+    )
+    (manifest.enclave.folder / program).chmod(0o755)
+    hide = "" if unnamed else "mount -t tmpfs none /proc && "
+    command = f"{hide}exec {sys.executable} -m attestor inject {' '.join(force)} m.toml -- ./p"
+    run = manifest.enclave.run("unshare", "--map-root-user", "--mount", "sh", "-c", command)
+    assert (run.status, run.out.split(), run.err) == (0, [b"1", b"1", b"a", b"b"], "")
 
 
 # -- sources

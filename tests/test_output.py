@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -34,19 +34,6 @@ def unshared(enclave: Enclave, script: str) -> Run:
     """Run a shell script in mount and user namespaces of its own, with attestor as `attestor`."""
     alias = f'attestor() {{ {sys.executable} -m attestor decrypt --any-key "$@"; }}\n'
     return enclave.run("unshare", "--map-root-user", "--mount", "sh", "-c", alias + script)
-
-
-@pytest.fixture(scope="session")
-def namespaces() -> None:
-    """Skip where nobody may mount."""
-    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(command, capture_output=True, check=False).returncode
-    ):
-        pytest.skip(
-            "mount namespaces are not to be had: as root, or with user namespaces allowed, they are"
-        )
 
 
 def refused(enclave: Enclave, run: Run, part: str, left: set[str]) -> None:
@@ -182,9 +169,11 @@ def test_an_interrupted_write_leaves_nothing(
     run = ready.run(
         sys.executable, "-m", "tests.interrupt", point, what, *command, environment=named
     )
-    assert run.status == status, run.err
-    assert ready.files() == {"blob"}
+    # a signal that is raised this late may find the placement begun, which then goes on to its end
+    assert (run.status, ready.files()) in [(status, {"blob"}), (0, {"blob", "out"})], run.err
+    assert run.status == status or what != "ENOSPC"
     assert "Traceback" not in run.err
+    assert not run.err or what == "ENOSPC"
 
 
 @pytest.mark.parametrize("options", [(), ("--force",)])
@@ -193,11 +182,39 @@ def test_even_sigkill_leaves_nothing(
     ready: Enclave, options: tuple[str, ...], point: str, what: str
 ) -> None:
     command = ("decrypt", "--any-key", *options, "blob", "out")
-    assert (
-        ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command).status
-        == -signal.SIGKILL
-    )
+    run = ready.run(sys.executable, "-m", "tests.interrupt", point, what, *command)
+    assert run.status == 128 + signal.SIGKILL
     assert ready.files() == {"blob"}
+
+
+@pytest.mark.parametrize("point", ["write", "fsync", "rename"])
+def test_what_sigkill_leaves_is_gone_after_the_next_run(ready: Enclave, point: str) -> None:
+    """With a temporary name SIGKILL leaves one; only that of a living process may stay."""
+    ready.place(b"the old one", "out")
+    if point == "rename":  # between the link and the exchange
+        point, named = "link", {}
+        program = "tests.interrupt"
+    else:
+        named, program = {"NO_TMPFILE": "1"}, "tests.interrupt"
+    command = ("decrypt", "--any-key", "--force", "blob", "out")
+    ready.run(sys.executable, "-m", program, point, "SIGKILL", *command, environment=named)
+    assert (ready.folder / "out").read_bytes() == b"the old one"
+    ready.place(b"", ".attestor-0123456789abcdef")  # as if left by another
+    ready.place(b"", ".attestor-not-ours")
+    assert ready.decrypt("--force") == Run(0, b"", "")
+    assert ready.files() == {"blob", "out", ".attestor-not-ours"}
+
+
+def test_a_hidden_name_of_a_living_process_stays(ready: Enclave) -> None:
+    name = ".attestor-0123456789abcdef"
+    ready.place(b"", name)
+    folder = os.open(ready.folder, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_SH)
+    assert ready.decrypt().status == 0
+    assert name in ready.files()
+    os.close(folder)
+    assert ready.decrypt("--force").status == 0
+    assert name not in ready.files()
 
 
 @pytest.mark.parametrize("what", ["SIGINT", "SIGTERM"])
@@ -209,18 +226,37 @@ def test_a_signal_behind_the_point_of_no_return_comes_too_late(ready: Enclave, w
     assert (ready.folder / "out").read_bytes() == PLAINTEXT
 
 
-@pytest.mark.parametrize("point", ["link", "rename", "fsync-folder"])
-def test_a_failing_replacement_leaves_the_old_one(ready: Enclave, point: str) -> None:
+@pytest.mark.parametrize("point", ["link", "fsync-folder", "unlink"])
+@pytest.mark.parametrize("exchange", [{}, {"NO_EXCHANGE": "1"}], ids=["exchange", "links"])
+@pytest.mark.parametrize("kind", ["blob", "message", "encrypt"])
+def test_a_failing_replacement_leaves_the_old_one(
+    ready: Enclave, point: str, exchange: dict[str, str | None], kind: str
+) -> None:
+    """Whatever writes the file, and however late it fails: the same file is there again."""
     ready.place(b"the old one", "out")
-    command = ("decrypt", "--any-key", "--force", "blob", "out")
-    assert ready.run(sys.executable, "-m", "tests.interrupt", point, "EIO", *command).status == 7
-    assert (ready.folder / "out").read_bytes() == b"the old one"
-    assert ready.files() == {"blob", "out"}
+    (ready.folder / "other name").hardlink_to(ready.folder / "out")
+    before = (ready.folder / "out").stat()
+    arn = ready.world.kms.key_arn
+    if kind == "message":
+        ready.place(PLAINTEXT, "plain")
+        encrypt = ("encrypt", "--key-id", arn, "--format", "esdk", "-f", "plain", "blob")
+        assert ready.attestor(*encrypt).status == 0
+    command: tuple[str, ...] = ("decrypt", "--any-key", "--force", "blob", "out")
+    if kind == "encrypt":
+        command = ("encrypt", "--key-id", arn, "--force", "blob", "out")
+    run = ready.run(
+        sys.executable, "-m", "tests.interrupt", point, "EIO", *command, environment=exchange
+    )
+    assert run.status == 7, run.err
+    after = (ready.folder / "out").stat()
+    same = ("st_ino", "st_nlink", "st_mode", "st_mtime_ns", "st_size")
+    assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
+    assert {name for name in ready.files() if name.startswith(".")} == set()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_kms_is_silent(
-    enclaves: Callable[..., Enclave], number: signal.Signals, status: int
+    enclaves: Callable[..., Enclave], number: signal.Signals
 ) -> None:
     enclave = enclaves(faults=["hang"])
     enclave.place(enclave.encrypt())
@@ -233,7 +269,7 @@ def test_a_signal_while_kms_is_silent(
         while "attestation document" not in (line := child.stderr.readline()):
             assert line
         child.send_signal(number)
-        assert child.wait(timeout=10) == status
+        assert child.wait(timeout=10) == -number
     assert enclave.files() == {"blob"}
 
 

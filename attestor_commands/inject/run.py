@@ -7,12 +7,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from attestor import (
     CIPHERTEXT_MAX,
@@ -26,6 +25,7 @@ from attestor import (
     process_recipient,
 )
 from attestor_commands.inject.manifest import MANIFEST_MAX, Entry, Manifest, parse
+from attestor_commands.inject.program import execute, find_program
 from attestor_commands.inject.sources import Sources, Stream
 from attestor_commands.placement import Placement
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, UnreachableError
@@ -40,24 +40,6 @@ if TYPE_CHECKING:
 _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
 _LARGE: Final = 8 << 20  # bytes, the same
-CREDENTIALS: Final = frozenset(
-    "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN "
-    "AWS_CREDENTIAL_EXPIRATION AWS_CONTAINER_CREDENTIALS_RELATIVE_URI "
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_CONTAINER_AUTHORIZATION_TOKEN "
-    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_WEB_IDENTITY_TOKEN_FILE "
-    "AWS_EC2_METADATA_TOKEN".split()
-)
-"""Variables that a program does not get, unless its manifest says so."""
-
-_TOKENS: Final = "AWS_BEARER_TOKEN_"
-
-
-class ProgramError(AttestorError):
-    """The program cannot be run; `status` is as in a shell."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +87,13 @@ def inject(
         if receipt_file is not None:
             receipt_file.append(_receipt(manifest, outcomes))
             receipt_file.seal()
-        placement.place()
-        if executable is not None:
-            _become(executable, program, pass_credentials=manifest.pass_credentials)
+        if executable is None:
+            placement.place()
+        else:
+            passed = manifest.pass_credentials
+            placement.place_and_become(
+                lambda: execute(executable, program, pass_credentials=passed)
+            )
 
 
 def _kms(manifest: Manifest) -> Kms:
@@ -215,7 +201,6 @@ class _Injector:
             self._progress.bytes(len(piece))
 
         esdk.decrypt(message, append, ask, entry.bound, signed=entry.signed)
-        append(b"")
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
 
     def _decrypt(self, parameters: dict[str, Any]) -> Mapping[str, Any]:
@@ -228,7 +213,6 @@ class _Injector:
         """A file that is not sensitive, as it is."""
         digest = hashlib.sha256()
         size = 0
-        self._placement.append(target, b"")
         while piece := stream.read(_CHUNK):
             digest.update(piece)
             size += len(piece)
@@ -298,46 +282,3 @@ def _receipt(manifest: Manifest, outcomes: Sequence[_Outcome]) -> bytes:
     pcrs = {str(number): value.hex() for number, value in sorted(document.pcrs.items())}
     receipt = {"version": 1, "module_id": document.module_id, "pcrs": pcrs, "entries": entries}
     return json.dumps(receipt, indent=2).encode() + b"\n"
-
-
-def find_program(name: str) -> str:
-    """The path of a program, looked up in PATH as a shell does; ProgramError with 127 or 126."""
-    path = shutil.which(name)
-    if path is not None:
-        return _checked(path, name)
-    if os.path.sep in name and os.path.lexists(name):
-        raise ProgramError(f"{name} cannot be executed: it is no executable file", 126)
-    raise ProgramError(f"{name}: no such program", 127)
-
-
-def _checked(path: str, name: str) -> str:
-    """Fail now, with nothing placed, on what execve would fail on later."""
-    try:
-        with open(path, "rb") as program:
-            head = program.read(4)
-    except PermissionError:  # executable but not readable: the kernel will tell
-        return path
-    except OSError as error:
-        raise ProgramError(f"{name} cannot be executed: {error.strerror}", 126) from error
-    if not head.startswith((b"\x7fELF", b"#!")):
-        raise ProgramError(
-            f"{name} cannot be executed: it is neither ELF nor a script with #!", 126
-        )
-    return path
-
-
-def _become(executable: str, program: Sequence[str], *, pass_credentials: bool) -> NoReturn:
-    """Exec the program: its exit status and signals are its own from here on."""
-    import signal
-
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if pass_credentials or not (name in CREDENTIALS or name.startswith(_TOKENS))
-    }
-    for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and execve would keep that
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    try:
-        os.execve(executable, list(program), environment)  # noqa: S606 - no shell is the point
-    except OSError as error:
-        raise ProgramError(f"{program[0]} cannot be executed: {error.strerror}", 126) from error

@@ -1,0 +1,31 @@
+"""Block the signals that end a command, before anything slow is imported.
+
+They wait until `attestor_io.signals` takes them, and no traceback of an interrupted import is to
+be seen. Only Python's own start, some three milliseconds, is out of reach: it installs the handler
+that raises KeyboardInterrupt before it runs a line of anybody's.
+"""
+
+from __future__ import annotations
+
+# what `signal` stands on: that one imports enum first, which takes as long as Python's own start
+import _signal  # type: ignore[import-not-found]
+
+_ENDING = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGTERM)
+
+
+def taken_signals() -> set[int]:
+    """SIGHUP, SIGINT and SIGTERM, but for those that whoever started us ignores (nohup).
+
+    A blocked signal is queued even if it is ignored, so an ignored one must not be waited for.
+    """
+    return {number for number in _ENDING if _signal.getsignal(number) != _signal.SIG_IGN}
+
+
+def hold() -> None:
+    """Block these signals in this thread, and so in all threads that it starts.
+
+    Python's handler of SIGINT gives way to the default, by which the process is to end.
+    """
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, taken_signals())
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

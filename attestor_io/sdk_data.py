@@ -1,0 +1,33 @@
+"""The SDK's own data: service models, endpoints, partitions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from botocore.loaders import JSONFileLoader, Loader
+
+
+class _FileLoader(JSONFileLoader):
+    def load_file(self, file_path: str) -> Any:
+        try:
+            with open(f"{file_path}.json", "rb") as source:
+                return json.load(source)
+        except FileNotFoundError:  # or it is compressed, or not there at all
+            return super().load_file(file_path)
+
+
+def loader() -> Any:
+    """A loader for a botocore session, in half the time and memory of its own.
+
+    It neither walks over some 400 folders to list the services, nor makes an OrderedDict of each
+    object in the megabyte of endpoints: a dict keeps its order as well.
+    """
+    # the SDK's own folder alone: ~/.aws/models and AWS_DATA_PATH could lead KMS's name elsewhere
+    data: Any = Loader(
+        [Loader.BUILTIN_DATA_PATH], _FileLoader(), include_default_search_paths=False
+    )
+    # besides KMS, the services that a source of credentials may call
+    services = "kms s3 sts sso sso-oidc signin".split()
+    data.list_available_services = lambda type_name: services  # noqa: ARG005
+    return data
