@@ -32,12 +32,11 @@ if TYPE_CHECKING:
     from typing import Self
 
 _HIDDEN: Final = re.compile(r"\.attestor-[0-9a-f]{16}")
-_RENAME_NOREPLACE: Final = 1  # linux/fs.h, as is the next
-_RENAME_EXCHANGE: Final = 2
+_RENAME_EXCHANGE: Final = 2  # linux/fs.h
 # open(2): EOPNOTSUPP by a file system without O_TMPFILE, the others by kernels and overlays
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
-# rename(2): what a file system, a kernel or a C library says that has no such rename
-_NO_RENAME: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+# rename(2): what a file system, a kernel or a C library says that cannot exchange names
+_NO_EXCHANGE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class Target(Protocol):
@@ -194,41 +193,29 @@ class SecretFile:
         with self._errors_translated():
             if self._force and self._mode_of_target():
                 self._replace()
-            elif self._new:
-                self._rename_to_free_name()
             else:
                 self._link(self._name)
                 self._placed = True
+            if self._new:  # where a file system has no unnamed files
+                os.unlink(self._new, dir_fd=self._folder)
+                self._new = _forget(self._new)
             os.fsync(self._folder)
 
     def _replace(self) -> None:
         """Swap names with the target, in one step where the file system can."""
         if not self._new:  # linkat replaces nothing, so that the unnamed file needs a name first
-            self._new = self._hidden_name()
-            self._link(self._new)
+            name = self._hidden_name()
+            self._link(name)
+            self._new = name
         try:
-            _rename(self._folder, self._new, self._name, _RENAME_EXCHANGE)
+            _exchange(self._folder, self._new, self._name)
             self._new, self._old = "", self._new
         except OSError as error:
-            if error.errno not in _NO_RENAME:
+            if error.errno not in _NO_EXCHANGE:
                 raise
             self._old = self._hidden_name()
             self._in_folder(os.link, self._name, self._old, follow_symlinks=False)
             self._in_folder(os.rename, self._new, self._name)
-            self._new = _forget(self._new)
-        self._placed = True
-
-    def _rename_to_free_name(self) -> None:
-        """Give the named file the target's name, if nothing has it."""
-        try:
-            _rename(self._folder, self._new, self._name, _RENAME_NOREPLACE)
-            self._new = _forget(self._new)
-        except OSError as error:
-            if error.errno not in _NO_RENAME:
-                raise
-            self._in_folder(os.link, self._new, self._name, follow_symlinks=False)
-            self._placed = True
-            os.unlink(self._new, dir_fd=self._folder)
             self._new = _forget(self._new)
         self._placed = True
 
@@ -259,10 +246,14 @@ class SecretFile:
             self._old = _forget(self._old)
 
     def _link(self, name: str) -> None:
-        # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which open(2) prescribes for
-        # the files of O_TMPFILE
-        source = f"/proc/self/fd/{self._file}"
-        os.link(source, name, dst_dir_fd=self._folder, follow_symlinks=True)
+        """Give our file this name, which nothing may have."""
+        if self._new:
+            self._in_folder(os.link, self._new, name, follow_symlinks=False)
+        else:
+            # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which open(2) prescribes
+            # for the files of O_TMPFILE
+            source = f"/proc/self/fd/{self._file}"
+            os.link(source, name, dst_dir_fd=self._folder, follow_symlinks=True)
 
     def _in_folder(self, change: Callable[..., None], old: str, new: str, **flags: bool) -> None:
         change(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder, **flags)
@@ -383,15 +374,15 @@ def _remove_leftovers(folder: int) -> None:
             break
 
 
-def _rename(folder: int, old: str, new: str, flags: int) -> None:
-    """Call renameat2(2) within one folder; raises OSError, ENOSYS where libc does not have it."""
+def _exchange(folder: int, name: str, other: str) -> None:
+    """Exchange two names in one folder (renameat2(2)); raises OSError, ENOSYS without it in libc."""
     import ctypes
 
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    if rename(folder, os.fsencode(old), folder, os.fsencode(new), flags):
+    if rename(folder, os.fsencode(name), folder, os.fsencode(other), _RENAME_EXCHANGE):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
