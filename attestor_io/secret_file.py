@@ -375,7 +375,7 @@ def _remove_leftovers(folder: int) -> None:
 
 
 def _exchange(folder: int, name: str, other: str) -> None:
-    """Exchange two names in one folder (renameat2(2)); raises OSError, ENOSYS without it in libc."""
+    """Exchange two names in one folder (renameat2(2)); raises OSError (ENOSYS: not in libc)."""
     import ctypes
 
     try:
