@@ -708,6 +708,22 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest) -> None:
     refused(manifest, manifest.inject(), 2, "longer than")
 
 
+def test_a_document_that_is_none_ends_it_before_kms_is_asked(manifest: Manifest) -> None:
+    """A receipt says what the document says, which must be known before anything is placed."""
+    manifest.secret("a")
+    manifest.enclave.place(manifest.text.encode(), "m.toml")
+    program = (
+        "import attestor, nsm\n"
+        "nsm.Nsm.attest = lambda self, **fields: b'no document'\n"
+        "attestor.main()"
+    )
+    command = ("inject", "-v", "--receipt", "receipt", "m.toml")
+    run = manifest.enclave.run(sys.executable, "-c", program, *command)
+    refused(manifest, run, 6, "attestation document of this enclave cannot be read")
+    assert "KMS answered" not in run.err
+    assert "receipt" not in manifest.enclave.files()
+
+
 def test_a_receipt_in_the_place_of_a_target(manifest: Manifest) -> None:
     manifest.secret("a")
     refused(manifest, manifest.inject("--force", "--receipt", "run/./a"), 2, "is a target too")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from attestor_io.secret_file import SecretFile
     from attestor_io.vsock import Address
+    from nsm.document import AttestationDocument
 
 _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
@@ -83,9 +84,12 @@ def inject(
             for one in manifest.entries
         ]
         receipt_file = placement.add(receipt, force=force) if receipt is not None else None
-        outcomes = _Injector(manifest, kms, placement).run(targets)
-        if receipt_file is not None:
-            receipt_file.append(_receipt(manifest, outcomes))
+        injector = _Injector(manifest, kms, placement)
+        # what a receipt says of this enclave is read before anything is asked of KMS
+        document = _own_document() if receipt_file is not None else None
+        outcomes = injector.run(targets)
+        if receipt_file is not None and document is not None:
+            receipt_file.append(_receipt(manifest, outcomes, document))
             receipt_file.seal()
         if executable is None:
             placement.place()
@@ -265,11 +269,21 @@ class _Progress:
         sys.stderr.flush()
 
 
-def _receipt(manifest: Manifest, outcomes: Sequence[_Outcome]) -> bytes:
-    """What was done, as JSON: no secret, and no digest of one."""
-    from nsm.document import AttestationDocument
+def _own_document() -> AttestationDocument:
+    """The document that is sent to KMS, parsed; raises NotAuthenticError if that cannot be."""
+    from nsm.document import AttestationDocument, DocumentError
 
-    document = AttestationDocument.parse(process_recipient().document())
+    try:
+        return AttestationDocument.parse(process_recipient().document())
+    except DocumentError as error:
+        reason = f"attestation document of this enclave cannot be read: {error}"
+        raise NotAuthenticError(reason) from error
+
+
+def _receipt(
+    manifest: Manifest, outcomes: Sequence[_Outcome], document: AttestationDocument
+) -> bytes:
+    """What was done, as JSON: no secret, and no digest of one."""
     entries = [
         {
             "kind": entry.kind,
