@@ -48,6 +48,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -56,7 +57,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeVar
 
 import click
 
-from attestor_io import kms_errors, signals
+from attestor_io import kms_errors, names, signals
 from attestor_io.background import IdleWorker, run_in_background
 from attestor_io.errors import (
     AttestorError,
@@ -106,6 +107,7 @@ DOCUMENT_FRESH: Final = 60.0  # seconds that one attestation document serves fur
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 ATTEMPT_TIMEOUT: Final = 20.0  # seconds for one connection or one answer, within --timeout
 DEFAULT_TIMEOUT: Final = 60.0
+CLOCK_ERROR_MAX: Final = 240.0  # seconds; Signature Version 4 forgives 300, and time goes on
 
 # BER identifier octets (X.690 8.1.2)
 _INTEGER, _OCTETS, _NULL, _OID, _SEQUENCE, _SET = 0x02, 0x04, 0x05, 0x06, 0x30, 0x31
@@ -135,12 +137,6 @@ _SECRET_MEMBER: Final = {
     "DeriveSharedSecret": "SharedSecret",
 }
 
-_REGION_VARIABLES: Final = frozenset({"AWS_REGION", "AWS_DEFAULT_REGION"})
-_REGION: Final = re.compile(r"[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}")
-_KEY_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}")
-_ALIAS: Final = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")
-_ARN: Final = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):[0-9]{12}:(.+)")
-_ENDPOINT: Final = re.compile(r"https://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?", re.IGNORECASE)
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/\s]++={0,2}")
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -403,7 +399,8 @@ class Recipient:
     def __init__(self, worker: IdleWorker | None = None) -> None:
         self._lock = threading.Lock()
         self._document = b""
-        self._asked = -DOCUMENT_FRESH
+        self._asked = -DOCUMENT_FRESH  # on the monotonic clock
+        self._asked_at = 0.0  # on the clock that can be wrong
         self._answered: Future[None] = Future()
         self._key = (worker or IdleWorker()).submit(self._make)
 
@@ -434,6 +431,18 @@ class Recipient:
         """The document that was asked for last, however old; empty before the first."""
         return self._document
 
+    def clock_error(self) -> float:
+        """Seconds that this enclave's clock is behind the last document's timestamp; 0 without one.
+
+        The hypervisor signs that time. What else tells the time comes from the parent.
+        """
+        from nsm.document import AttestationDocument, DocumentError
+
+        try:
+            return AttestationDocument.parse(self._document).timestamp / 1000 - self._asked_at
+        except DocumentError:
+            return 0.0
+
     def open(self, envelope: bytes) -> bytes:
         """The plaintext of an envelope for our key; see `open_envelope`."""
         return open_envelope(envelope, self._key.result())
@@ -463,7 +472,7 @@ class Recipient:
             if asked - self._asked >= DOCUMENT_FRESH:
                 public_key = _public_key_info(key)
                 self._document = use_module(lambda module: module.attest(public_key=public_key))
-                self._asked = asked
+                self._asked, self._asked_at = asked, time.time()
                 log.info("attestation document of %d bytes", len(self._document))
             return self._document
 
@@ -569,9 +578,6 @@ def _add_client_check(base_classes: list[type], **_: object) -> None:
     base_classes.insert(0, _AuthenticatedClient)
 
 
-_TLS_HINT: Final = "TLS is what authenticates the answer of KMS"
-
-
 def _require_authenticated(endpoint: Any) -> None:
     """Refuse an endpoint without verified TLS.
 
@@ -579,16 +585,16 @@ def _require_authenticated(endpoint: Any) -> None:
     answer from the parent's.
     """
     if not endpoint.host.lower().startswith("https://"):
-        raise InputError(f"endpoint {endpoint.host} is not https", _TLS_HINT)
+        raise InputError(f"endpoint {endpoint.host} is not https", names.TLS_HINT)
     if not endpoint.http_session._verify:
-        raise InputError("the client was made with verify=False", _TLS_HINT)
+        raise InputError("the client was made with verify=False", names.TLS_HINT)
     if endpoint.http_session._proxy_config.settings.get("proxy_use_forwarding_for_https"):
-        raise InputError("the client lets its proxy end TLS", _TLS_HINT)
+        raise InputError("the client lets its proxy end TLS", names.TLS_HINT)
 
 
 def _require_https(params: Mapping[str, Any], **_: object) -> None:
     if not params["url"].lower().startswith("https://"):
-        raise InputError("endpoint is not https", _TLS_HINT)
+        raise InputError("endpoint is not https", names.TLS_HINT)
 
 
 def _add_recipient(
@@ -620,21 +626,9 @@ def _unwrap_answer(
         hint = "is this endpoint AWS KMS?"
         raise NotAuthenticError("answer of KMS has no CiphertextForRecipient", hint)
     asked, answered = context["attestor_key_id"], str(parsed.get("KeyId"))
-    if asked and not is_same_key(asked, answered):
+    if asked and not names.is_same_key(asked, answered):
         raise NotAuthenticError(f"answer of KMS is from key {answered}, asked for {asked}")
     parsed[member] = process_recipient().open(parsed.pop("CiphertextForRecipient"))
-
-
-def is_same_key(asked: str, answered: str) -> bool:
-    """Whether the ARN in an answer is the key asked for; an alias names no key to compare."""
-    if not is_pinned(asked):
-        return True
-    return asked == answered or answered.endswith(f":key/{asked}")
-
-
-def is_pinned(key_id: str | None) -> bool:
-    """Whether this names one key: an ARN or an id does; an alias the parent's account resolves."""
-    return key_id is not None and "alias/" not in key_id
 
 
 # --------------------------------------------------------------------------------------- edges: KMS
@@ -669,12 +663,11 @@ class Kms:
 
         No connection is made yet. Raises InputError.
         """
-        told = region or _ARN.fullmatch(key_id or "") or os.environ.keys() & _REGION_VARIABLES
-        if imds_vsock and not told:
+        if imds_vsock and not (region or names.tells_region(key_id, os.environ)):
             from attestor_io import metadata
 
             region = metadata.region(imds_vsock)
-        region = resolve_region(region, key_id, os.environ)
+        region = names.resolve_region(region, key_id, os.environ)
         return cls(region, endpoint_url, timeout, vsock, imds_vsock, ca_bundle)
 
     def call(self, operation: str, **parameters: object) -> dict[str, Any]:
@@ -818,12 +811,24 @@ def errors_translated(
     except AttestorError:
         raise
     except Exception as error:
-        ours = kms_errors.translate(error, operation)
+        ours = clock_fault(error) or kms_errors.translate(error, operation)
         if ours is None:
             raise
         if isinstance(ours, RefusedError) and hasattr(error, "response"):
             ours = _explained(ours, error, parameters)
         raise kms_errors.redacted(ours, session) from error
+
+
+def clock_fault(error: Exception) -> UnreachableError | None:
+    """What the SDK's exception means if this enclave's clock is wrong: no attack, and not final."""
+    if _recipient is None or not kms_errors.may_be_of_clock(error):
+        return None
+    behind = _recipient.clock_error()
+    if abs(behind) <= CLOCK_ERROR_MAX:
+        return None
+    side = "behind" if behind > 0 else "ahead of"
+    reason = f"clock of this enclave is {abs(round(behind))} s {side} the Nitro Secure Module's"
+    return UnreachableError(f"{reason}: {error}", "set the clock, and try again")
 
 
 def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any]) -> RefusedError:
@@ -898,44 +903,6 @@ def _decode_base64(text: bytes, what: str) -> bytes:
         return base64.b64decode(b"".join(text.split()), validate=True)
     except ValueError as error:
         raise InputError(f"ciphertext {what} is not base64 text") from error
-
-
-def parse_endpoint(url: str | None, what: str) -> str | None:
-    """The endpoint, which must be https; `what` names where it stands. Raises InputError."""
-    if url is not None and not url.lower().startswith("https://"):
-        raise InputError(f"{what} is not https", _TLS_HINT)
-    if url is not None and not _ENDPOINT.fullmatch(url):
-        example = "https://kms.eu-west-1.amazonaws.com"
-        raise InputError(f"{what} {url} is no endpoint, such as {example}")
-    return url
-
-
-def parse_key_id(key_id: str | None, what: str) -> str | None:
-    """The key ARN, key id or alias; `what` names where it stands. Raises InputError."""
-    if key_id is None or _KEY_ID.fullmatch(key_id) or _ALIAS.fullmatch(key_id):
-        return key_id
-    arn = _ARN.fullmatch(key_id)
-    resource = arn[2] if arn else ""
-    is_key = resource.startswith("key/") and _KEY_ID.fullmatch(resource.removeprefix("key/"))
-    if not (is_key or _ALIAS.fullmatch(resource)):
-        raise InputError(f"{what} {key_id} is no key ARN, key id or alias")
-    return key_id
-
-
-def resolve_region(option: str | None, key_id: str | None, environment: Mapping[str, str]) -> str:
-    """The region of the option, the environment or the key's ARN, which must agree; no default."""
-    arn = _ARN.fullmatch(key_id or "")
-    if option == "":
-        raise InputError("--region is empty")
-    in_environment = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-    region = option or in_environment or (arn and arn[1])
-    if not region:
-        raise InputError("no region", "give --region, set AWS_REGION, or name the key by its ARN")
-    if not _REGION.fullmatch(region):
-        raise InputError(f"region {region} is not a region's name, such as eu-west-1")
-    if arn and arn[1] != region:
-        raise InputError(f"region is {region}, the key ARN is in {arn[1]}")
-    return region
 
 
 class Binding(NamedTuple):
@@ -1102,11 +1069,11 @@ def parse_timeout(_context: click.Context, _option: click.Parameter, text: str) 
 
 
 def _parse_endpoint(_context: click.Context, _option: click.Parameter, url: str | None) -> Any:
-    return parse_endpoint(url, "--endpoint-url")
+    return names.parse_endpoint(url, "--endpoint-url")
 
 
 def _parse_key_id(_context: click.Context, _option: click.Parameter, key_id: str | None) -> Any:
-    return parse_key_id(key_id, "--key-id")
+    return names.parse_key_id(key_id, "--key-id")
 
 
 def parse_vsock(
@@ -1324,13 +1291,13 @@ def decrypt_into(
 
 def warn_unless_pinned(key_id: str | None, *, any_key: bool) -> None:
     """Say that the parent may have chosen the key, unless one is pinned or that is meant."""
-    if not (any_key or is_pinned(key_id)):
+    if not (any_key or names.is_pinned(key_id)):
         said = "no key is pinned: the parent may have chosen ciphertext and key"
         say("warning", f"{said}; give --key-id or --any-key")
 
 
 def _check_key_options(key_id: str | None, *, any_key: bool, algorithm: str | None) -> None:
-    if any_key and is_pinned(key_id):
+    if any_key and names.is_pinned(key_id):
         raise InputError(f"--any-key contradicts --key-id {key_id}", "leave one of them out")
     if algorithm is not None and algorithm not in _ALGORITHMS:
         raise InputError(f"--algorithm {algorithm} is none of {', '.join(_ALGORITHMS)}")
@@ -1343,6 +1310,7 @@ def main() -> NoReturn:
     """Run the command line."""
     hold()
     signals.owner.start()
+    warnings.simplefilter("ignore")  # of libraries, such as that the clock is off: errors say so
     _hide_memory()
     gc.disable()  # so short a process ends before a collection pays
     try:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import attestor
 from attestor_commands import report
-from attestor_io import errors
+from attestor_io import errors, names
 from attestor_io.refusal import SKEW_MAX, clock_skew
 from nsm import document, library
 
@@ -209,7 +209,7 @@ def _debug_mode(case: Case) -> Finding:
 
 
 def _region(case: Case) -> Finding:
-    region = attestor.resolve_region(case.region, case.key_id, os.environ)
+    region = names.resolve_region(case.region, case.key_id, os.environ)
     import botocore.session
 
     case.session = botocore.session.Session()

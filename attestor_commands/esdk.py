@@ -14,8 +14,9 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from attestor import drop_unset, is_pinned, is_same_key
+from attestor import drop_unset
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
+from attestor_io.names import is_pinned, is_same_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

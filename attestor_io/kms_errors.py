@@ -20,6 +20,12 @@ CREDENTIALS_HINT: Final = (
 )
 EXPIRED_HINT: Final = "they are expired: renew them"
 
+# What AWS answers to a signature that it cannot verify, which bears the caller's time
+UNSIGNED: Final = frozenset(
+    "InvalidSignatureException SignatureDoesNotMatch RequestExpired IncompleteSignature "
+    "RequestTimeTooSkewed".split()
+)
+_VALIDITY: Final = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 # Worth another try: the SDK's throttling codes, and what KMS documents as transient
 _TRANSIENT: Final = frozenset(
     "ThrottlingException Throttling ThrottledException RequestThrottled RequestThrottledException "
@@ -56,6 +62,18 @@ def translate(error: Exception, operation: str) -> AttestorError | None:  # noqa
             return NotAuthenticError(f"answer of KMS cannot be read ({type(error).__name__})")
         case _:
             return None
+
+
+def may_be_of_clock(error: Exception) -> bool:
+    """Whether a wrong clock can be the cause: of a certificate's validity, or of a signature's."""
+    import ssl
+
+    from botocore.exceptions import ClientError
+
+    if isinstance(error, ClientError):
+        return error.response.get("Error", {}).get("Code") in UNSIGNED
+    found = (cause for cause in causes(error) if isinstance(cause, ssl.SSLCertVerificationError))
+    return any(cause.verify_code in _VALIDITY for cause in found)
 
 
 def is_of_expired_credentials(error: Exception) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Final
 
+from attestor_io.kms_errors import UNSIGNED
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from datetime import datetime
@@ -22,9 +24,6 @@ _SHOWN: Final = (0, 1, 2, 3, 4, 8)  # the PCRs that CloudTrail shows
 _DIGITS: Final = 16  # of a PCR, in notes
 _EXPIRED: Final = frozenset(
     "ExpiredTokenException ExpiredToken UnrecognizedClientException InvalidClientTokenId".split()
-)
-_UNSIGNED: Final = frozenset(
-    "InvalidSignatureException SignatureDoesNotMatch RequestExpired IncompleteSignature".split()
 )
 
 
@@ -87,7 +86,7 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
         yield "there is no such key in this region and in the credentials' account: check both"
     elif code in _EXPIRED:
         yield "the credentials are expired or wrong: renew them"
-    elif code in _UNSIGNED:
+    elif code in UNSIGNED:
         yield (
             _clock(refusal.skew)
             or "the secret key is wrong, or the clock is more than five minutes off"
@@ -188,5 +187,5 @@ def _more(refusal: Refusal) -> Iterable[str]:
             "attestor attest DOC, then attestor policy explain POLICY --document DOC: which "
             "condition does not hold"
         )
-    elif refusal.code in (*_EXPIRED, *_UNSIGNED, "NotFoundException", "ValidationException"):
+    elif refusal.code in (*_EXPIRED, *UNSIGNED, "NotFoundException", "ValidationException"):
         yield "attestor doctor checks everything on the way to KMS"

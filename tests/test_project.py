@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -129,22 +128,6 @@ def test_importing_attestor_loads_no_sdk_and_opens_nothing() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True
     )
     assert done.stdout == "[]\n"
-
-
-def test_functions_are_short() -> None:
-    """None of our functions is longer than a screen."""
-    for path in [
-        ROOT / "attestor.py",
-        *(ROOT / "attestor_io").rglob("*.py"),
-        *(ROOT / "attestor_commands").rglob("*.py"),
-        *(ROOT / "keypolicy").rglob("*.py"),
-        *(ROOT / "nsm").rglob("*.py"),
-        *(ROOT / "nitrosim").rglob("*.py"),
-    ]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                assert length <= 60, f"{path.name}: {node.name} has {length} lines"
 
 
 def test_the_group_has_one_command_for_each_help_block() -> None:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from attestor import Binding, is_pinned, parse_endpoint, parse_key_id
+from attestor import Binding
 from attestor_io.errors import InputError
+from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
 from attestor_io.vsock import Address, parse_address
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import threading
 from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import urljoin, urlsplit
 
-from attestor import ATTEMPT_TIMEOUT
+from attestor import ATTEMPT_TIMEOUT, clock_fault
 from attestor_io.errors import (
     AttestorError,
     InputError,
@@ -214,7 +214,7 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ours = _ours(error)
+        ours = clock_fault(error) or _ours(error)
         if ours is None:
             raise
         ours.args = (f"source {what} cannot be read: {ours}",)
