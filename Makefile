@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench libnsm image vm-test lock clean
+.PHONY: help demo test coverage lint bench chaos libnsm image vm-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -17,6 +17,7 @@ help:
 	@echo 'make coverage  the same, with branch coverage'
 	@echo 'make lint    ruff, mypy --strict, import-linter and, where it is installed, shellcheck'
 	@echo 'make bench   compare with a plain boto3 script'
+	@echo 'make chaos   let every file system call fail, and signals come beside each: half an hour (needs root or user namespaces)'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
@@ -56,6 +57,10 @@ SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/vm/run tests/vm/i
 
 bench: $(READY) transport
 	$(BIN)/python -m tests.bench
+
+# CHAOS_FLAGS=--short is the part of it that .ci/run runs; a violation names the flags that repeat it alone
+chaos: $(READY) transport
+	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)
 
 # With cargo on the path the patched library is built and used; without it, /dev/nsm is used directly.
 .PHONY: transport

@@ -28,7 +28,7 @@ def nitrosim_world() -> Iterator[World]:
     try:
         from nitrosim.world import World
     except ModuleNotFoundError as error:
-        pytest.fail(missing_package(error), pytrace=False)
+        raise pytest.fail.Exception(missing_package(error), pytrace=False) from None
     with World() as world:
         yield world
 
