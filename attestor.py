@@ -906,11 +906,16 @@ def _decode_base64(text: bytes, what: str) -> bytes:
 
 
 class Binding(NamedTuple):
-    """What a ciphertext must be bound to: a key, an encryption context; and tokens of grants."""
+    """What a ciphertext must be bound to: a key, an encryption context; and tokens of grants.
+
+    With `contains` the context of a message of the AWS Encryption SDK may hold more than this one;
+    a CiphertextBlob's is always equal.
+    """
 
     key_id: str | None
     context: Mapping[str, str] = {}
     grant_tokens: tuple[str, ...] = ()
+    contains: bool = False
 
     def parameters(self) -> dict[str, object]:
         """The members of a Decrypt that say so."""
@@ -1228,6 +1233,7 @@ def cli() -> None:
 @click.option("--algorithm", metavar="NAME", help=f"{', '.join(_ALGORITHMS)}  [default: the first]")
 @click.option("--base64", "base64_text", is_flag=True, help="CIPHERTEXT is base64 text")
 @click.option("--signed", is_flag=True, help="demand a signed message of the AWS Encryption SDK")
+@click.option("--context-contains", is_flag=True, help="a message's context may hold more names")
 @click.option("-f", "--force", is_flag=True, help="replace OUTPUT if it exists")
 @options(VSOCK_OPTIONS, MODULE_OPTIONS)
 def decrypt(
@@ -1240,6 +1246,7 @@ def decrypt(
     algorithm: str | None,
     base64_text: bool,
     signed: bool,
+    context_contains: bool,
     force: bool,
     **connection: Any,
 ) -> None:
@@ -1261,12 +1268,12 @@ def decrypt(
     kms = Kms.connect(key_id, **connection)
     symmetric = algorithm in {None, "SYMMETRIC_DEFAULT"}
     blob = read_ciphertext(ciphertext, base64_text=base64_text, message=symmetric)
-    if signed and not isinstance(blob, Message):
-        wanted = "--signed wants a message of the AWS Encryption SDK"
-        raise InputError(f"{wanted}: a CiphertextBlob has no signature")
+    if (signed or context_contains) and not isinstance(blob, Message):
+        option = "--signed" if signed else "--context-contains"
+        raise InputError(f"{option} is of messages of the AWS Encryption SDK, this is none")
     with open_target(output, force=force) as target:
         warn_unless_pinned(key_id, any_key=any_key)
-        bound = Binding(key_id, encryption_context, grant_tokens)
+        bound = Binding(key_id, encryption_context, grant_tokens, context_contains)
         if isinstance(blob, Message):
             what = "a message of the AWS Encryption SDK"
             load(_DECRYPT_MESSAGE, what)(target, kms, blob, bound, signed=signed)

@@ -66,9 +66,10 @@ def decrypt(
 ) -> None:
     """Decrypt a message and hand on its plaintext in pieces, authentic only when this returns.
 
-    The context of `bound` must be contained in the message's; with `signed` an unsigned message is
-    refused. Raises NotAuthenticError for everything that is wrong with the message itself,
-    RefusedError when KMS refuses.
+    The context of `bound` must be the message's, without the names that the AWS Encryption SDK
+    reserves, as that of a CiphertextBlob must be its own: the parent chooses which form it serves.
+    With `signed` an unsigned message is refused. Raises NotAuthenticError for everything that is
+    wrong with the message itself, RefusedError when KMS refuses.
     """
     for piece in _verified(message, _Materials(ask, bound, signed=signed)):
         append(piece)
@@ -115,15 +116,26 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
     def decrypt_materials(self, request: Any) -> DecryptionMaterials:
         """Data key and verification key of a message whose header was parsed."""
         found = request.encryption_context
-        for name, value in self._bound.context.items():
-            if found.get(name) != value:
-                raise NotAuthenticError(
-                    f"message of the AWS Encryption SDK has another context: {name} differs"
-                )
+        self._check_context(found)
         return DecryptionMaterials(
             verification_key=self._verification_key(request.algorithm, found),
             data_key=self._data_key(request),
         )
+
+    def _check_context(self, found: Mapping[str, str]) -> None:
+        asked = self._bound.context
+        differing = [name for name, value in asked.items() if found.get(name) != value]
+        if not self._bound.contains:
+            differing += [
+                name for name in found if name not in asked and not name.startswith(_RESERVED)
+            ]
+        if differing:
+            reason = (
+                f"message of the AWS Encryption SDK has another context: {differing[0]} differs"
+            )
+            hint = "--context-contains, or context_contains = true, lets it hold more names"
+            more = set(differing).isdisjoint(asked)
+            raise NotAuthenticError(reason, *([hint] if more else []))
 
     def _verification_key(self, algorithm: Any, context: Mapping[str, str]) -> bytes | None:
         """The public key that a signed message has in its context, and that an unsigned one has

@@ -54,11 +54,29 @@ def test_a_message_through_pipes_with_a_part_of_its_context(enclave: Enclave) ->
         "encrypt", *key, *contexts, "--format", "esdk", "-", "-", stdin=b"the secret"
     )
     assert (made.status, made.err) == (0, "")
-    run = enclave.attestor(
-        "decrypt", *key, "--signed", "--context", "stage=x", "-", "-", stdin=made.out
-    )
+    part = ["decrypt", *key, "--signed", "--context", "stage=x"]
+    run = enclave.attestor(*part, "--context-contains", "-", "-", stdin=made.out)
     assert run == Run(0, b"the secret", "")
+    run = enclave.attestor(*part, "-", "-", stdin=made.out)
+    assert (run.status, run.out) == (6, b"")
+    assert "another context: node differs" in run.error
+    assert "--context-contains" in run.err
     assert enclave.files() == set()
+
+
+@pytest.mark.parametrize("context", [{}, {"node": "3"}, {"node": "3", "purpose": "x"}])
+def test_both_forms_have_one_rule_about_contexts(enclave: Enclave, context: dict[str, str]) -> None:
+    """The parent chooses which form it serves: none may open where the other does not."""
+    enclave.place(b"the secret", "plain")
+    asked = ["--key-id", enclave.world.kms.key_arn, "--context", "node=3"]
+    for form in ("kms", "esdk"):
+        pairs = [part for name in context for part in ("--context", f"{name}={context[name]}")]
+        made = enclave.attestor(
+            "encrypt", *asked[:2], *pairs, "--format", form, "-f", "plain", form
+        )
+        assert made == DONE
+        run = enclave.attestor("decrypt", *asked, "-f", form, "out")
+        assert (run.status == 0) == (context == {"node": "3"}), form
 
 
 def test_a_key_by_its_id_and_any_key(enclave: Enclave) -> None:
@@ -95,7 +113,8 @@ def test_a_key_by_its_id_and_any_key(enclave: Enclave) -> None:
          "SDK's own"),
         (["encrypt", "--key-id", ARN, "--endpoint-url", "http://localhost:1", "plain", "out"], 2,
          "not https"),
-        (["decrypt", "--any-key", "--signed", "plain", "out"], 2, "--signed wants a message"),
+        (["decrypt", "--any-key", "--signed", "plain", "out"], 2, "--signed is of messages"),
+        (["decrypt", "--any-key", "--context-contains", "plain", "out"], 2, "this is none"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(enclave: Enclave, arguments: list[str], status: int, part: str) -> None:
@@ -182,7 +201,9 @@ def test_messages_of_other_programs(enclaves: Callable[..., Enclave], frame_leng
     )
     run = enclave.run(sys.executable, "-c", program)
     assert run.status == 0, run.err
-    key = ["--key-id", enclave.world.kms.key_arn, "--context", "node=3"]
+    key = ["--key-id", enclave.world.kms.key_arn]
+    for name, value in CONTEXT.items():
+        key += ["--context", f"{name}={value}"]
     assert enclave.attestor("decrypt", *key, "blob", "out") == DONE
     assert (enclave.folder / "out").read_bytes() == b"0123456789" * 1000
 
@@ -349,11 +370,16 @@ def test_an_unknown_or_another_algorithm(algorithm: int) -> None:
 
 def test_another_context() -> None:
     made = message()
-    assert opened(made, context={"node": "3"}) == PLAINTEXT
-    assert opened(made, context={}) == PLAINTEXT
+    assert opened(made, context={"node": "3"}, contains=True) == PLAINTEXT
+    assert opened(made, context={}, contains=True) == PLAINTEXT
     for context in ({"node": "4"}, {"node": "3", "version": "1"}, {"node": ""}):
-        with pytest.raises(NotAuthenticError, match="another context"):
+        for contains in (False, True):
+            with pytest.raises(NotAuthenticError, match="another context"):
+                opened(made, context=context, contains=contains)
+    for context in ({}, {"node": "3"}):
+        with pytest.raises(NotAuthenticError, match="another context") as refused:
             opened(made, context=context)
+        assert "--context-contains" in refused.value.hints[0]
 
 
 def test_another_key() -> None:

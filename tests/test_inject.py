@@ -166,6 +166,25 @@ def test_variables_choose_among_what_the_manifest_allows(manifest: Manifest) -> 
         assert (run.status, manifest.placed()) == (2, {"key-3": b"of node 3"})
 
 
+@pytest.mark.parametrize(
+    ("made", "wanted", "part"),
+    [("kms", "message", "it is a CiphertextBlob"), ("esdk", "blob", "it is a message")],
+)
+def test_the_form_that_the_manifest_says(
+    manifest: Manifest, made: str, wanted: str, part: str
+) -> None:
+    enclave = manifest.enclave
+    enclave.place(b"the secret", "plain")
+    key = ["--key-id", enclave.world.kms.key_arn, "--context", "node=3"]
+    assert enclave.attestor("encrypt", *key, "--format", made, "plain", "source") == DONE
+    source, target = str(enclave.folder / "source"), str(manifest.run / "a")
+    entry = {"source": source, "target": target, "context": {"node": "3"}}
+    text = manifest.text
+    refused(manifest, manifest.add(**entry, form=wanted).inject(), 2, part)
+    manifest.text = text
+    assert manifest.add(**entry, form={"kms": "blob", "esdk": "message"}[made]).inject() == DONE
+
+
 def test_fifty_secrets_with_one_document_and_few_connections(manifest: Manifest) -> None:
     enclave = manifest.enclave
     blobs = {str(number): manifest.encrypt(b"%d" % number, str(number)) for number in range(49)}

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attestor import InputError
-from attestor_commands.inject.manifest import ENTRIES_MAX, Entry, Manifest, json_schema, parse
+from attestor_commands.inject.fields import json_schema
+from attestor_commands.inject.manifest import ENTRIES_MAX, Entry, Manifest, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,6 +113,8 @@ world_readable = true
 owner = "{os.getuid()}:{os.getgid()}"
 max_bytes = 100
 signed = true
+form = "message"
+context_contains = true
 """
     manifest = read(text)
     assert (manifest.vsock, manifest.imds_vsock, manifest.s3_vsock) == (
@@ -123,6 +126,7 @@ signed = true
     assert (manifest.ca_bundle, manifest.https_ca_bundle) == ("/etc/ca.pem", "/etc/web.pem")
     entry = only(manifest)
     assert (entry.mode, entry.owner) == (0o644, (os.getuid(), os.getgid()))
+    assert (entry.form, entry.bound.contains) == ("message", True)
     assert (entry.base64, entry.signed, entry.max_bytes, entry.grant_tokens) == (
         True,
         True,
@@ -177,6 +181,9 @@ def test_a_manifest_that_cannot_be(text: str, part: str) -> None:
         ({"unbound": "true"}, "has a context, and unbound"),
         ({"grant_tokens": '"x"'}, "list of strings"),
         ({"encoding": '"hex"'}, "neither raw nor base64"),
+        ({"form": '"both"'}, "neither blob nor message"),
+        ({"form": '"blob"', "signed": "true"}, "signed = true, which is of messages"),
+        ({"form": '"blob"', "context_contains": "true"}, "context_contains = true, which is of"),
         ({"mode": '"600"'}, "is not one such as 0600"),
         ({"mode": '"4755"'}, "is not one such as 0600"),
         ({"mode": "600"}, "mode must be a string"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def _print_schema(context: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked:
-        from attestor_commands.inject.manifest import json_schema
+        from attestor_commands.inject.fields import json_schema
 
         print_report(json_schema(), str, as_json=True)
         context.exit()

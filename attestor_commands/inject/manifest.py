@@ -8,7 +8,6 @@ never something else.
 
 from __future__ import annotations
 
-import difflib
 import grp
 import os
 import posixpath
@@ -17,34 +16,37 @@ import re
 import tomllib
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from attestor import Binding
+from attestor_commands.inject.fields import (
+    FILE_FIELDS,
+    SECRET_FIELDS,
+    SECRET_MAX,
+    TOP_FIELDS,
+    VARIABLE_FIELDS,
+    check_table,
+    nearest,
+)
 from attestor_io.errors import InputError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
 from attestor_io.vsock import Address, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 MANIFEST_MAX: Final = 1 << 20
-ENTRIES_MAX: Final = (
-    300  # each needs up to three descriptors, of 1024 that a process has by default
-)
-SECRET_MAX: Final = 1 << 30
+ENTRIES_MAX: Final = 300  # each needs two descriptors, of 1024 that a process has by default
 FILE_MAX: Final = 16 << 20
 VALUE_MAX: Final = 1024
-CONCURRENCY: Final = (
-    3  # vsock-proxy serves four connections at once by default: one is left for others
-)
+CONCURRENCY: Final = 3  # vsock-proxy serves four connections by default: one is left for others
 DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
 _REFERENCE: Final = re.compile(r"\$\{([^}]*)\}|\$\{")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SOURCE: Final = re.compile(r"(s3|https)://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
-_FIXED: Final = re.compile(
-    r"/|-\Z|(s3|https)://[^/?#${}]+/"
-)  # what of a source no variable may change
+# what of a source no variable may change
+_FIXED: Final = re.compile(r"/|-\Z|(s3|https)://[^/?#${}]+/")
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|arn:[A-Za-z0-9:._-]{1,200}")
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
 _MODE: Final = re.compile(r"0[0-7]{3}")
@@ -67,12 +69,14 @@ class Entry:
     grant_tokens: tuple[str, ...] = ()
     base64: bool = False
     signed: bool = False
+    form: Literal["blob", "message"] | None = None
+    context_contains: bool = False
     sha256: str | None = None
 
     @property
     def bound(self) -> Binding:
         """What the ciphertext of a secret must be bound to."""
-        return Binding(self.key_id, self.context or {}, self.grant_tokens)
+        return Binding(self.key_id, self.context or {}, self.grant_tokens, self.context_contains)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,89 +97,6 @@ class Manifest:
     pass_credentials: bool
 
 
-class _Field(NamedTuple):
-    """What a key of a table must be, for the check and for the JSON schema."""
-
-    check: Callable[[Any], bool]
-    what: str
-    schema: Mapping[str, Any]
-
-
-def _is(kind: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) is kind  # a bool is no number here
-
-
-def _is_table_of_strings(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
-
-
-def _is_list_of_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
-
-
-def _between(low: int, high: int) -> _Field:
-    return _Field(
-        lambda value: type(value) is int and low <= value <= high,
-        f"a number from {low} to {high}",
-        {"type": "integer", "minimum": low, "maximum": high},
-    )
-
-
-_STRING: Final = _Field(_is(str), "a string", {"type": "string"})
-_FLAG: Final = _Field(_is(bool), "true or false", {"type": "boolean"})
-_STRINGS: Final = _Field(
-    _is_list_of_strings, "a list of strings", {"type": "array", "items": {"type": "string"}}
-)
-_CONTEXT: Final = _Field(
-    _is_table_of_strings,
-    "a table of strings",
-    {"type": "object", "additionalProperties": {"type": "string"}},
-)
-_TABLES: Final = _Field(
-    lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
-    "a list of tables",
-    {},
-)
-_VARIABLES: Final = _Field(_is(dict), "a table", {})
-
-_PLACEMENT: Final[Mapping[str, _Field]] = {
-    "source": _STRING,
-    "target": _STRING,
-    "mode": _STRING,
-    "owner": _STRING,
-    "world_readable": _FLAG,
-    "max_bytes": _between(1, SECRET_MAX),
-}
-_SECRET: Final[Mapping[str, _Field]] = {
-    **_PLACEMENT,
-    "key_id": _STRING,
-    "context": _CONTEXT,
-    "unbound": _FLAG,
-    "grant_tokens": _STRINGS,
-    "encoding": _STRING,
-    "signed": _FLAG,
-}
-_FILE: Final[Mapping[str, _Field]] = {**_PLACEMENT, "sha256": _STRING, "unauthenticated": _FLAG}
-_VARIABLE: Final[Mapping[str, _Field]] = {"pattern": _STRING, "tag": _STRING}
-_TOP: Final[Mapping[str, _Field]] = {
-    "region": _STRING,
-    "key_id": _STRING,
-    "any_key": _FLAG,
-    "endpoint_url": _STRING,
-    "ca_bundle": _STRING,
-    "https_ca_bundle": _STRING,
-    "vsock": _STRING,
-    "imds_vsock": _STRING,
-    "s3_vsock": _STRING,
-    "timeout": _between(1, 86400),
-    "concurrency": _between(1, 64),
-    "pass_credentials": _FLAG,
-    "variables": _VARIABLES,
-    "secret": _TABLES,
-    "file": _TABLES,
-}
-
-
 def parse(
     text: bytes,
     given: Mapping[str, str],
@@ -193,7 +114,7 @@ def parse(
         table = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"manifest is not TOML: {error}") from error
-    _check_table(table, _TOP, "manifest")
+    check_table(table, TOP_FIELDS, "manifest")
     ways = {
         name: addresses.get(name) or _address(table, name)
         for name in ("vsock", "imds_vsock", "s3_vsock")
@@ -221,23 +142,6 @@ def parse(
     )
 
 
-def _check_table(table: Mapping[str, Any], fields: Mapping[str, _Field], where: str) -> None:
-    for name, value in table.items():
-        if name not in fields:
-            raise InputError(f"{where}: unknown key {name}", *_nearest(name, fields))
-        if not fields[name].check(value):
-            raise InputError(f"{where}: {name} must be {fields[name].what}")
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> list[str]:
-    near = difflib.get_close_matches(name, known, 1) or sorted(known)
-    return (
-        [f"did you mean {near[0]}?" if len(near) == 1 else f"known are {', '.join(near)}"]
-        if near
-        else []
-    )
-
-
 def _address(table: Mapping[str, Any], name: str) -> Address | None:
     return parse_address(table[name]) if name in table else None
 
@@ -258,7 +162,7 @@ class _Variables:
             if name not in declared:
                 raise InputError(
                     f"--set {name}: the manifest declares no such variable",
-                    *_nearest(name, declared),
+                    *nearest(name, declared),
                 )
         from attestor_io.metadata import tag as instance_tag
 
@@ -281,7 +185,7 @@ class _Variables:
             name = reference[1]
             if name not in self._values:
                 what = f"undeclared variable {name}" if name else "${ without a name"
-                raise InputError(f"{where}: {what}", *_nearest(name or "", self._values))
+                raise InputError(f"{where}: {what}", *nearest(name or "", self._values))
             value = self._values[name]
             if value is None:
                 raise InputError(
@@ -300,7 +204,7 @@ def _declaration(name: str, declaration: Any) -> tuple[str, str | None]:
         return declaration or DEFAULT_PATTERN, None
     if not isinstance(declaration, dict):
         raise InputError(f"variables: {name} must be a pattern, or a table with pattern and tag")
-    _check_table(declaration, _VARIABLE, f"variables: {name}")
+    check_table(declaration, VARIABLE_FIELDS, f"variables: {name}")
     return declaration.get("pattern", DEFAULT_PATTERN), declaration.get("tag")
 
 
@@ -318,7 +222,7 @@ def _secret(
     number: int, table: Mapping[str, Any], top: Mapping[str, Any], variables: _Variables
 ) -> Entry:
     where = f"secret {number}"
-    _check_table(table, _SECRET, where)
+    check_table(table, SECRET_FIELDS, where)
     context = table.get("context")
     if not context and not table.get("unbound", False):
         raise InputError(
@@ -336,6 +240,12 @@ def _secret(
     encoding = table.get("encoding", "raw")
     if encoding not in {"raw", "base64"}:
         raise InputError(f"{where}: encoding {encoding} is neither raw nor base64")
+    form = table.get("form")
+    if form not in {None, "blob", "message"}:
+        raise InputError(f"{where}: form {form} is neither blob nor message")
+    for name in ("signed", "context_contains"):
+        if form == "blob" and table.get(name, False):
+            raise InputError(f'{where} says form = "blob", and {name} = true, which is of messages')
     return Entry(
         kind="secret",
         key_id=key_id,
@@ -349,13 +259,15 @@ def _secret(
         ),
         base64=encoding == "base64",
         signed=table.get("signed", False),
+        form=form,
+        context_contains=table.get("context_contains", False),
         **_placement(table, where, variables, SECRET_MAX),
     )
 
 
 def _file(number: int, table: Mapping[str, Any], variables: _Variables) -> Entry:
     where = f"file {number}"
-    _check_table(table, _FILE, where)
+    check_table(table, FILE_FIELDS, where)
     sha256 = table.get("sha256")
     if (sha256 is None) != table.get("unauthenticated", False):
         raise InputError(f"{where} wants either sha256 or unauthenticated = true")
@@ -469,32 +381,3 @@ def _check_entries(entries: list[Entry]) -> None:
 def _parents(path: str) -> list[str]:
     parts = path.split("/")
     return ["/".join(parts[:end]) for end in range(2, len(parts))]
-
-
-def json_schema() -> dict[str, Any]:
-    """The manifest's structure as a JSON schema (draft 2020-12); patterns and paths are checked
-    beyond it.
-    """
-
-    def table(
-        fields: Mapping[str, _Field], required: tuple[str, ...] = (), **schemas: Any
-    ) -> dict[str, Any]:
-        properties = {name: schemas.get(name, field.schema) for name, field in fields.items()}
-        return {
-            "type": "object",
-            "properties": properties,
-            "additionalProperties": False,
-            **({"required": list(required)} if required else {}),
-        }
-
-    variable = {"oneOf": [{"type": "string"}, table(_VARIABLE)]}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "manifest of attestor inject",
-        **table(
-            _TOP,
-            variables={"type": "object", "additionalProperties": variable},
-            secret={"type": "array", "items": table(_SECRET, ("source", "target"))},
-            file={"type": "array", "items": table(_FILE, ("source", "target"))},
-        ),
-    }

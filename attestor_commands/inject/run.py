@@ -177,10 +177,15 @@ class _Injector:
         head = stream.read(
             min(entry.max_bytes, (2 * CIPHERTEXT_MAX if entry.base64 else CIPHERTEXT_MAX) + 1)
         )
-        if is_message(head) and not entry.base64:
+        message = is_message(head) and not entry.base64
+        if entry.form not in {None, "message" if message else "blob"}:
+            other = "a CiphertextBlob" if entry.form == "message" else "a message"
+            raise InputError(f'it is {other}, but the manifest says form = "{entry.form}"')
+        if message:
             return self._message(entry, Message(head, stream), target)
-        if entry.signed:
-            raise InputError("it is signed = true, but a CiphertextBlob has no signature")
+        if entry.signed or entry.context_contains:
+            name = "signed" if entry.signed else "context_contains"
+            raise InputError(f"it says {name} = true, but a CiphertextBlob is no message")
         blob = check_ciphertext(head, "source", base64_text=entry.base64)
         answer = self._decrypt({"CiphertextBlob": blob, **entry.bound.parameters()})
         self._placement.append(target, answer["Plaintext"])
