@@ -33,13 +33,17 @@ configuration() {
     setting ATTESTOR_STATUS_PORT 8003
     setting ATTESTOR_HOSTS ''
     setting ATTESTOR_DNS_SUFFIX ''
-    setting ATTESTOR_NODE_TAG mpa-node
     setting ATTESTOR_NODE_VARIABLE NODE
     setting ATTESTOR_MANIFEST /etc/attestor/manifest.toml
+    setting ATTESTOR_NODE_TAG "$(default_node_tag)"
     setting ATTESTOR_SECRETS /run/secrets
     setting ATTESTOR_USER app
     setting ATTESTOR_DEADLINE 300
     checked_settings
+}
+
+default_node_tag() { # none where the manifest has no such variable: an instance without the tag serves it as well
+    ! grep -qwF -e "$ATTESTOR_NODE_VARIABLE" "$ATTESTOR_MANIFEST" 2>/dev/null || echo mpa-node
 }
 
 setting() { # NAME VALUE: unless it has a value already, an empty one too
@@ -213,13 +217,16 @@ say() {
     echo "entrypoint: $1" >&2
 }
 
+# Before anything else: what cannot be started needs no secrets.
+find_program() { # PROGRAM
+    which "$1" >/dev/null && return # not `command -v`, which finds functions here, and files without the x bit
+    [ -e "$1" ] && status=126 || status=127
+    tell program "$status" 1
+    exit "$status"
+}
+
 # In place of this shell, as a user without privileges and with no credentials in its environment.
 program() {
-    if ! which "$1" >/dev/null; then # not `command -v`, which finds the functions above, and files without the x bit
-        [ -e "$1" ] && status=126 || status=127
-        tell program "$status" 1
-        exit "$status"
-    fi
     tell program 0 1
     rm -rf "$work"
     unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION \
@@ -228,10 +235,11 @@ program() {
     for name in $(env | sed -n 's/^\(AWS_BEARER_TOKEN_[A-Za-z0-9_]*\)=.*/\1/p'); do
         unset "$name"
     done
-    [ "$(id -u)" = 0 ] || exec setpriv --no-new-privs -- "$@"
+    setpriv=$(which setpriv) # by its path: a shell of busybox may prefer an applet of that name, which knows less
+    [ "$(id -u)" = 0 ] || exec "$setpriv" --no-new-privs -- "$@"
     HOME=$(sed -n "s/^$ATTESTOR_USER:.*:\([^:]*\):[^:]*$/\1/p" /etc/passwd)
     export HOME
-    exec setpriv --reuid "$ATTESTOR_USER" --regid "$(id -g "$ATTESTOR_USER")" --init-groups --no-new-privs \
+    exec "$setpriv" --reuid "$ATTESTOR_USER" --regid "$(id -g "$ATTESTOR_USER")" --init-groups --no-new-privs \
         --bounding-set=-all --inh-caps=-all --ambient-caps=-all -- "$@"
 }
 
@@ -247,6 +255,7 @@ trap 'rm -rf "$work"' EXIT
 rm -rf "$work"
 mkdir -m 0700 "$work"
 
+[ $# -eq 0 ] || find_program "$1"
 step network
 step module
 step region

@@ -274,6 +274,18 @@ def test_without_a_tag_no_node(images: Callable[..., Image]) -> None:
     assert "metadata" not in image.calls
 
 
+def test_an_instance_without_tags_serves_a_manifest_without_a_node(
+    images: Callable[..., Image],
+) -> None:
+    image = images(tags={})
+    manifest = image.enclave.folder / "manifest.toml"
+    text = manifest.read_text(encoding="utf-8").replace('[variables]\nNODE = "[0-9]{1,4}"\n', "")
+    manifest.write_text(text.replace("${NODE}", "3"), encoding="utf-8")
+    assert image.run("true").status == 0
+    assert "tags/instance" not in image.calls
+    assert image.run("true", environment={"ATTESTOR_NODE_TAG": "mpa-node"}).status == 4
+
+
 # -- what does not
 
 
@@ -350,7 +362,8 @@ def test_a_program_that_is_not_there(images: Callable[..., Image], name: str) ->
     """Names of the entrypoint's own functions are no programs."""
     image = images()
     assert image.run(name).status == 127
-    assert (image.told[-1]["step"], image.told[-1]["status"]) == ("program", 127)
+    assert [(line["step"], line["status"]) for line in image.told] == [("program", 127)]
+    assert image.placed() == set()
 
 
 def test_a_program_that_cannot_be_executed(images: Callable[..., Image]) -> None:
@@ -358,7 +371,8 @@ def test_a_program_that_cannot_be_executed(images: Callable[..., Image]) -> None
     program = image.enclave.folder / image.enclave.place(b"#!/bin/sh\n", "program")
     program.chmod(0o644)
     assert image.run(str(program)).status == 126
-    assert (image.told[-1]["step"], image.told[-1]["status"]) == ("program", 126)
+    assert [(line["step"], line["status"]) for line in image.told] == [("program", 126)]
+    assert image.placed() == set()
 
 
 def test_what_is_taken_from_the_program_is_what_inject_takes() -> None:
