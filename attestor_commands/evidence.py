@@ -15,6 +15,7 @@ from attestor_commands.inputs import (
     ROOT_OPTION,
     evidence_errors,
     field_values,
+    read_document,
     read_file,
     trusted_roots,
 )
@@ -41,8 +42,8 @@ def attest(
       attestor attest --nonce 00112233445566778899aabbccddeeff document
       attestor attest --public-key @key.der - | ship-it
 
-    OUTPUT is created as decrypt does; "-" writes to standard output. The three fields share some
-    4000 bytes.
+    OUTPUT is created as decrypt does; "-" writes to standard output. Each of the three fields has
+    at most 1024 bytes, which is what the specification of a document allows.
     """
     with evidence_errors():
         fields = field_values(nonce=nonce, user_data=user_data, public_key=public_key)
@@ -117,7 +118,6 @@ def verify(
 
     from attestor_commands import evidence_report
     from attestor_commands.arguments import parse_time
-    from nsm.document import AttestationDocument
     from nsm.document import verify as verify_document
 
     if max_age is not None and at == "document":
@@ -132,7 +132,7 @@ def verify(
         expect = _expectations(pcrs, measurements, max_age, expected)
         now, roots = datetime.now(UTC), trusted_roots(root)
         time = now if at in {None, "document"} else parse_time(str(at))
-        parsed = AttestationDocument.parse(read_file(document, f"document {document}"))
+        parsed = read_document(document)
         if at == "document":
             time = parsed.signed_at
         verified = verify_document(parsed, roots=roots, at=time, expect=expect, now=now)

@@ -13,10 +13,11 @@ from attestor_io.reading import read_bounded
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nsm.document import AttestationDocument, DocumentError
+
 FILE_MAX: Final = 256 << 10  # bytes of documents, policies, measurements and certificates
 
 _DOCUMENT_HINTS: Final = {
-    "format": "a document is binary, as attestor attest writes it: decode base64 text first",
     "root": "--root FILE trusts another root; nitrosim's is in $NITROSIM_NSM_ROOT",
     "validity": (
         "a document is valid for three hours: --at document verifies it at its own "
@@ -63,9 +64,7 @@ def evidence_errors() -> Iterator[None]:
         raise InputError(str(error)) from error
     except DocumentError as error:
         hints = [_DOCUMENT_HINTS[error.check]] if error.check in _DOCUMENT_HINTS else []
-        raise NotAuthenticError(
-            f"document refused, {error.check.replace('_', ' ')}: {error}", *hints
-        ) from error
+        raise _document_refused(error, *hints) from error
 
 
 def read_file(path: str, what: str, limit: int = FILE_MAX) -> bytes:
@@ -76,16 +75,43 @@ def read_file(path: str, what: str, limit: int = FILE_MAX) -> bytes:
     return data
 
 
-def field_values(**texts: str | None) -> dict[str, bytes]:
-    """The fields of a document that were given, as bytes."""
-    from attestor_commands.arguments import parse_bytes
-    from nsm.module import REQUEST_MAX
+def read_document(path: str) -> AttestationDocument:
+    """Read and parse an attestation document, which proves nothing yet; NotAuthenticError."""
+    from nsm.document import AttestationDocument, DocumentError
 
-    return {
-        name: parse_bytes(text, lambda path: read_file(path, path, REQUEST_MAX))
-        for name, text in texts.items()
-        if text is not None
-    }
+    data = read_file(path, f"document {path}")
+    try:
+        return AttestationDocument.parse(data)
+    except DocumentError as error:
+        hint = "a document is binary, as attestor attest writes it: decode base64 text first"
+        raise _document_refused(error, *([hint] if _is_text(data) else [])) from error
+
+
+def _is_text(data: bytes) -> bool:
+    return data.isascii() and data.translate(None, b"\r\n\t").decode().isprintable() and data != b""
+
+
+def _document_refused(error: DocumentError, *hints: str) -> NotAuthenticError:
+    return NotAuthenticError(f"document refused, {error.check.replace('_', ' ')}: {error}", *hints)
+
+
+def field_values(**texts: str | None) -> dict[str, bytes]:
+    """The fields of a document that were given, as bytes; raises InputError.
+
+    A module signs fields that are larger, but no verifier takes them: each is of at most 1024
+    bytes (docs/attestation_process.md of aws-nitro-enclaves-nsm-api, section 3.2.2).
+    """
+    from attestor_commands.arguments import parse_bytes
+    from nsm.document import FIELD_MAX
+
+    values = {}
+    for name, text in texts.items():
+        if text is not None:
+            values[name] = parse_bytes(text, lambda path: read_file(path, path, FIELD_MAX))
+            if len(values[name]) > FIELD_MAX:
+                size = f"{len(values[name])} bytes, expected at most {FIELD_MAX}"
+                raise InputError(f"--{name.replace('_', '-')} has {size}")
+    return values
 
 
 def trusted_roots(path: str | None) -> list[bytes]:

@@ -12,6 +12,7 @@ from attestor_commands.inputs import (
     PCR_OPTION,
     ROOT_OPTION,
     evidence_errors,
+    read_document,
     read_file,
     trusted_roots,
 )
@@ -159,9 +160,9 @@ def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
 
 def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> Any:
     """A document that was genuine when it was signed, which says nothing about its age."""
-    from nsm.document import AttestationDocument, Expectations, verify
+    from nsm.document import Expectations, verify
 
-    parsed = AttestationDocument.parse(read_file(path, f"document {path}"))
+    parsed = read_document(path)
     return verify(
         parsed,
         roots=trusted_roots(root),

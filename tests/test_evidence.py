@@ -185,9 +185,15 @@ def test_a_field_that_cannot_be(enclave: Enclave, value: str, part: str) -> None
     assert enclave.files() == {"big"}
 
 
-def test_fields_that_the_module_does_not_take(enclave: Enclave) -> None:
-    refused(enclave.attestor("attest", "--user-data", "00" * 4096, "document"), 3, "InputTooLarge")
+@pytest.mark.parametrize("option", ["--nonce", "--user-data", "--public-key"])
+def test_fields_that_no_verifier_takes(enclave: Enclave, option: str) -> None:
+    """The module signs more than the specification allows, and then nobody can verify it."""
+    part = f"{option} has 1025 bytes, expected at most 1024"
+    refused(enclave.attestor("attest", option, "00" * 1025, "document"), 2, part)
     assert enclave.files() == set()
+    assert enclave.attestor("attest", option, "00" * 1024, "document").status == 0
+    root = enclave.environment["NITROSIM_NSM_ROOT"]
+    assert enclave.attestor("verify", "--any-image", "--root", root, "document").status == 0
 
 
 def test_attest_and_describe_outside_an_enclave(enclave: Enclave) -> None:
@@ -319,6 +325,7 @@ def test_what_is_no_document(tmp_path: Path, data: bytes) -> None:
         2 if len(data) > 262144 else 6,
         "longer than" if len(data) > 262144 else "document refused, format",
     )
+    assert ("decode base64 text" in run.err) == (len(data) == 132)
 
 
 def test_a_document_from_standard_input_and_one_that_is_not_there(enclave: Enclave) -> None:
