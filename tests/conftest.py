@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from nitrosim.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+# whoever started the tests may ignore them (nohup, a shell's background job), and a command would
+# then rightly ignore them as well
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 ROOT: Final = Path(__file__).parent.parent
 VECTORS: Final = ROOT.parent / "shared" / "vectors"
