@@ -15,8 +15,7 @@ from attestor_commands.inputs import (
     ROOT_OPTION,
     evidence_errors,
     field_values,
-    read_document,
-    read_file,
+    parse_file,
     trusted_roots,
 )
 from attestor_commands.report import print_report
@@ -118,6 +117,7 @@ def verify(
 
     from attestor_commands import evidence_report
     from attestor_commands.arguments import parse_time
+    from nsm.document import AttestationDocument
     from nsm.document import verify as verify_document
 
     if max_age is not None and at == "document":
@@ -132,7 +132,7 @@ def verify(
         expect = _expectations(pcrs, measurements, max_age, expected)
         now, roots = datetime.now(UTC), trusted_roots(root)
         time = now if at in {None, "document"} else parse_time(str(at))
-        parsed = read_document(document)
+        parsed = parse_file(document, AttestationDocument.parse, f"document {document}")
         if at == "document":
             time = parsed.signed_at
         verified = verify_document(parsed, roots=roots, at=time, expect=expect, now=now)
@@ -149,7 +149,7 @@ def _expectations(
     from keypolicy import measurements as parse_measurements
     from nsm.document import Expectations
 
-    measured = parse_measurements(read_file(measurements, measurements)) if measurements else {}
+    measured = parse_file(measurements, parse_measurements) if measurements else {}
     return Expectations(
         pcrs=merge(*([pair] for pair in map(parse_pcr, pcrs)), measured.items()),
         max_age=parse_age(max_age) if max_age is not None else None,

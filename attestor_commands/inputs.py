@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Final
+import itertools
+import re
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import click
 
@@ -11,20 +13,28 @@ from attestor_io.errors import InputError, NotAuthenticError
 from attestor_io.reading import read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from nsm.document import AttestationDocument, DocumentError
-
+Parsed = TypeVar("Parsed")
 FILE_MAX: Final = 256 << 10  # bytes of documents, policies, measurements and certificates
 
+_TEXT_HINT: Final = "a document is binary, as attestor attest writes it: decode base64 text first"
+# By the check that refused: the first hint applies whose options the command has.
 _DOCUMENT_HINTS: Final = {
-    "root": "--root FILE trusts another root; nitrosim's is in $NITROSIM_NSM_ROOT",
+    "root": ("--root FILE trusts another root; nitrosim's is in $NITROSIM_NSM_ROOT",),
     "validity": (
-        "a document is valid for three hours: --at document verifies it at its own "
-        "timestamp, --at TIME then"
+        (
+            "a document is valid for three hours: --at document verifies it at its own "
+            "timestamp, --at TIME then"
+        ),
     ),
-    "debug_mode": "--allow-debug accepts it, for tests",
-    "pcrs": "another image, kernel or instance: compare with what nitro-cli build-enclave printed",
+    "debug_mode": (
+        "--allow-debug accepts it, for tests",
+        "it attests zeros, not its image: --measurements takes what nitro-cli printed of the image",
+    ),
+    "pcrs": (
+        "another image, kernel or instance: compare with what nitro-cli build-enclave printed",
+    ),
 }
 FIELD_OPTIONS: Final = {
     name: click.option(f"--{name.replace('_', '-')}", metavar="VALUE", help="hexadecimal, or @FILE")
@@ -60,11 +70,53 @@ def evidence_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ArgumentError, PolicyError) as error:
+    except ArgumentError as error:
         raise InputError(str(error)) from error
+    except PolicyError as error:
+        raise InputError(str(error), *error.hints) from error
     except DocumentError as error:
-        hints = [_DOCUMENT_HINTS[error.check]] if error.check in _DOCUMENT_HINTS else []
-        raise _document_refused(error, *hints) from error
+        hints = _DOCUMENT_HINTS.get(error.check, getattr(error, "hints", ()))
+        reason = f"document refused, {error.check.replace('_', ' ')}: {error}"
+        refused = NotAuthenticError(reason, *_applicable(hints))
+        refused.notes = tuple(getattr(error, "__notes__", ()))
+        raise refused from error
+
+
+def _applicable(hints: Sequence[str]) -> list[str]:
+    """Return the first hint that names no option which the running command lacks, if any."""
+    context = click.get_current_context(silent=True)
+    parameters = context.command.params if context else ()
+    options = {name for parameter in parameters for name in parameter.opts}
+    fitting = (hint for hint in hints if options.issuperset(re.findall(r"--[a-z-]+", hint)))
+    return list(itertools.islice(fitting, 1))
+
+
+def parse_file(path: str, parse: Callable[[bytes], Parsed], what: str = "") -> Parsed:
+    """Read a file or ("-") standard input and parse it; whatever is wrong with it names it.
+
+    `what` is its name in errors where that is not the path.
+    """
+    from attestor_commands.arguments import ArgumentError
+    from keypolicy import PolicyError
+    from nsm.document import DocumentError
+
+    name = what or ("standard input" if path == "-" else path)
+    data = read_file(path, name)
+    try:
+        return parse(data)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}: {error}") from error
+    except PolicyError as error:
+        raise PolicyError(f"{name}: {error}", *error.hints) from error
+    except DocumentError as error:
+        error.add_note(f"this is {name}")
+        if error.check == "format" and _is_text(data):
+            error.hints = (_TEXT_HINT,)  # type: ignore[attr-defined]  # for `evidence_errors` alone
+        raise
+
+
+def _is_text(data: bytes) -> bool:
+    return data != b"" and data.isascii() and data.translate(None, b"\r\n\t").decode().isprintable()
 
 
 def read_file(path: str, what: str, limit: int = FILE_MAX) -> bytes:
@@ -73,26 +125,6 @@ def read_file(path: str, what: str, limit: int = FILE_MAX) -> bytes:
     if len(data) > limit:
         raise InputError(f"{what} is longer than {limit} bytes")
     return data
-
-
-def read_document(path: str) -> AttestationDocument:
-    """Read and parse an attestation document, which proves nothing yet; NotAuthenticError."""
-    from nsm.document import AttestationDocument, DocumentError
-
-    data = read_file(path, f"document {path}")
-    try:
-        return AttestationDocument.parse(data)
-    except DocumentError as error:
-        hint = "a document is binary, as attestor attest writes it: decode base64 text first"
-        raise _document_refused(error, *([hint] if _is_text(data) else [])) from error
-
-
-def _is_text(data: bytes) -> bool:
-    return data.isascii() and data.translate(None, b"\r\n\t").decode().isprintable() and data != b""
-
-
-def _document_refused(error: DocumentError, *hints: str) -> NotAuthenticError:
-    return NotAuthenticError(f"document refused, {error.check.replace('_', ' ')}: {error}", *hints)
 
 
 def field_values(**texts: str | None) -> dict[str, bytes]:
@@ -120,5 +152,5 @@ def trusted_roots(path: str | None) -> list[bytes]:
     from nsm.document import AWS_ROOT_G1_SHA256
 
     return (
-        [parse_root(read_file(path, f"root {path}"))] if path is not None else [AWS_ROOT_G1_SHA256]
+        [parse_file(path, parse_root, f"root {path}")] if path is not None else [AWS_ROOT_G1_SHA256]
     )

@@ -12,17 +12,17 @@ from attestor_commands.inputs import (
     PCR_OPTION,
     ROOT_OPTION,
     evidence_errors,
-    read_document,
-    read_file,
+    parse_file,
     trusted_roots,
 )
 from attestor_commands.report import print_report
 from attestor_io.errors import InputError, RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 UNDETERMINED: Final = 8  # exit status of explain where the key policy alone cannot tell
+_TAKEN: Final = (0, 1, 2, 8)  # what tells images apart, and `nitro-cli` prints
 
 
 @click.group()
@@ -81,8 +81,7 @@ def policy() -> None:
     metavar="N",
     multiple=True,
     type=click.IntRange(0, 31),
-    default=[0, 1, 2, 8],
-    help="PCR to take from those, repeatable  [default: 0, 1, 2, 8]",
+    help="PCR to take from those, repeatable  [default: which of 0, 1, 2 and 8 are there]",
 )
 @click.option("--role-arn", metavar="ARN", help="computes PCR3")
 @click.option("--instance-id", metavar="ID", help="computes PCR4")
@@ -145,30 +144,46 @@ def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
     if sources["instance_id"]:
         computed[4] = keypolicy.pcr_of_instance(sources["instance_id"])
     if sources["signing_certificate"]:
-        path = sources["signing_certificate"]
-        computed[8] = keypolicy.pcr_of_certificate(parse_certificate(read_file(path, path)))
-    measured = [keypolicy.measurements(read_file(path, path)) for path in sources["measurements"]]
+        der = parse_file(sources["signing_certificate"], parse_certificate)
+        computed[8] = keypolicy.pcr_of_certificate(der)
+    measured = [
+        (path, parse_file(path, keypolicy.measurements)) for path in sources["measurements"]
+    ]
     for path in sources["documents"]:
         pcrs = _verified_at_its_time(path, sources["root"], allow_debug=False).document.pcrs
-        measured.append({index: value for index, value in pcrs.items() if any(value)})
-    taken = [
-        {index: pcrs[index] for index in sources["take"] if index in pcrs} for pcrs in measured
-    ]
+        measured.append((path, {index: value for index, value in pcrs.items() if any(value)}))
+    if sources["take"] and not measured:
+        raise InputError("--take needs --measurements or --document to take PCRs from")
+    taken = [_taken(path, pcrs, sources["take"]) for path, pcrs in measured]
     images = parse_images(sources["pcrs"]) + taken
     return [merge(image.items(), computed.items()) for image in images or [{}]]
 
 
+def _taken(path: str, pcrs: Mapping[int, bytes], asked: Sequence[int]) -> dict[int, bytes]:
+    """Take from one image the PCRs that are asked for, or those of the default that are there.
+
+    One that is asked for and missing is an error: the policy would silently pin less.
+    """
+    missing = next((index for index in asked if index not in pcrs), None)
+    if missing is not None:
+        unsigned = ": the image is not signed" if missing == 8 else ""
+        raise InputError(
+            f"--take {missing}: {path} has no PCR{missing}{unsigned}",
+            f"it has {', '.join(f'PCR{index}' for index in sorted(pcrs))}",
+        )
+    return {index: pcrs[index] for index in asked or _TAKEN if index in pcrs}
+
+
 def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> Any:
     """A document that was genuine when it was signed, which says nothing about its age."""
-    from nsm.document import Expectations, verify
+    from nsm.document import AttestationDocument, Expectations, verify
 
-    parsed = read_document(path)
-    return verify(
-        parsed,
-        roots=trusted_roots(root),
-        at=parsed.signed_at,
-        expect=Expectations(allow_debug=allow_debug),
-    )
+    def verified(data: bytes) -> Any:
+        parsed = AttestationDocument.parse(data)
+        expect = Expectations(allow_debug=allow_debug)
+        return verify(parsed, roots=trusted_roots(root), at=parsed.signed_at, expect=expect)
+
+    return parse_file(path, verified, f"document {path}")
 
 
 @policy.command()
@@ -198,7 +213,7 @@ def check(file: str, as_json: bool) -> int:
 def _read_policy(path: str) -> Any:
     from keypolicy import Policy
 
-    return Policy.parse(read_file(path, "standard input" if path == "-" else path))
+    return parse_file(path, Policy.parse)
 
 
 @policy.command()

@@ -54,10 +54,10 @@ def _extended_once(data: bytes) -> bytes:
 def measurements(text: str | bytes) -> dict[int, bytes]:
     """Read the PCRs that `nitro-cli build-enclave` or `describe-enclaves` prints for one enclave.
 
-    Takes their JSON. Raises PolicyError; also for an enclave in debug mode, whose listed PCRs are
-    not those that it attests.
+    Takes their JSON, and that of `eif_build` with the line that it prints before. Raises
+    PolicyError; also for an enclave in debug mode, whose listed PCRs are not those that it attests.
     """
-    document = read_json(text)
+    document = read_json(_without_preamble(text))
     if isinstance(document, list):  # describe-enclaves lists enclaves, build-enclave prints one
         if len(document) != 1:
             raise PolicyError(f"measurements list {len(document)} enclaves, expected 1")
@@ -71,11 +71,7 @@ def measurements(text: str | bytes) -> dict[int, bytes]:
     listed = document.get("Measurements", document)
     if not isinstance(listed, dict):
         raise PolicyError("Measurements is not a JSON object")
-    algorithm = listed.get("HashAlgorithm", "Sha384")
-    if "sha384" not in str(algorithm).lower():
-        raise PolicyError(
-            f"measurements are of HashAlgorithm {abbreviated(algorithm)}, expected Sha384"
-        )
+    _check_algorithm(listed.get("HashAlgorithm"))
     pcrs = {
         int(name[3:]): _measurement(name, value)
         for name, value in listed.items()
@@ -84,6 +80,26 @@ def measurements(text: str | bytes) -> dict[int, bytes]:
     if not pcrs:
         raise PolicyError("measurements list no PCR")
     return pcrs
+
+
+def _without_preamble(text: str | bytes) -> bytes:
+    """Drop the lines before the JSON: `eif_build` begins with "Output file: ..." on its stdout."""
+    data = text.encode(errors="replace") if isinstance(text, str) else text
+    # An object, or a list of objects: a line that begins with "[INFO]" is neither.
+    begin = re.search(rb"^[ \t]*(?:\{|\[\s*[{\]])", data, re.MULTILINE)
+    return data[begin.start() :] if begin else data
+
+
+def _check_algorithm(name: object) -> None:
+    """Refuse a hash algorithm whose values have another length than SHA-384's.
+
+    The 96 digits say themselves what they are; the name is the Debug output of a Rust type, and
+    has changed before: nitro-cli 1.4 prints "Sha384 { ... }", 1.5 with sha2 0.10 "Sha512_48
+    { .. }", which is SHA-512's core cut to 48 bytes. Other names tell nothing.
+    """
+    found = re.search(r"sha-?(\d+)(?:_(\d+))?", str(name).lower())
+    if found and (int(found[2]) if found[2] else int(found[1]) // 8) != PCR_BYTES:
+        raise PolicyError(f"measurements are of HashAlgorithm {abbreviated(name)}, expected Sha384")
 
 
 def _measurement(name: str, value: object) -> bytes:

@@ -29,7 +29,14 @@ _PRINCIPAL_TYPES: Final = frozenset("AWS Service Federated CanonicalUser".split(
 
 
 class PolicyError(Exception):
-    """The text is no key policy, or a request names something that is no principal."""
+    """The text is no key policy, or a request names something that is no principal.
+
+    `hints` say what to do about it, where that is known.
+    """
+
+    def __init__(self, message: str, *hints: str) -> None:
+        super().__init__(message)
+        self.hints = hints
 
 
 # ---- condition keys
@@ -194,7 +201,7 @@ def _conditions(what: str, item: object) -> Iterator[Condition]:
 def read_json(text: str | bytes) -> object:
     """Decode one JSON document of at most POLICY_MAX characters, or raise PolicyError."""
     if len(text) > POLICY_MAX:
-        raise PolicyError(f"policy has {len(text)} characters, expected at most {POLICY_MAX}")
+        raise PolicyError(f"JSON has {len(text)} characters, expected at most {POLICY_MAX}")
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         return json.loads(

@@ -128,7 +128,7 @@ class Host:
 
     def builder(self, pcr8: str = "", after: str = "") -> None:
         """A stand-in for nitro-cli build-enclave: PCR0 to 2, and PCR8 if given; then `after`."""
-        listed = {"HashAlgorithm": "Sha384 { ... }"} | PCR | ({"PCR8": pcr8} if pcr8 else {})
+        listed = {"HashAlgorithm": "Sha512_48 { .. }"} | PCR | ({"PCR8": pcr8} if pcr8 else {})
         text = shlex.quote(json.dumps({"Measurements": listed}, indent=2))
         self.stand_in(
             "nitro-cli",
@@ -386,6 +386,18 @@ def test_a_signed_build(host: Host) -> None:
     assert host.names() == {"signing", "app.eif", "app.json", "nitro-cli.calls"}
     (said,) = [line for line in run.err.splitlines() if "attestor policy render" in line]
     assert said.endswith("--measurements app.json --take 8")
+    follow_hint(host, said, pcr8)
+
+
+def follow_hint(host: Host, said: str, pcr: str) -> None:
+    """Run the command that build-eif hints at, with the people that it cannot know."""
+    role = "arn:aws:iam::111122223333:role/"
+    people = iter((f"{role}parent", f"{role}admin"))
+    words = shlex.split(said.partition("next: attestor ")[2])
+    command = [next(people) if word == "ROLE" else word for word in words]
+    run = host.command(sys.executable, "-Im", "attestor", *command)
+    assert run.status == 0, run.err
+    assert pcr in run.out.decode()
 
 
 @pytest.mark.parametrize(
@@ -525,6 +537,14 @@ def test_an_image_that_exists_is_kept_unless_forced(host: Host) -> None:
     assert (run.status, run.err) == (1, "build-eif: error: app.json exists; --force replaces it\n")
     assert host.run("build-eif", "-f", "app:1", "app.eif").status == 0
     assert measurements((host.folder / "app.json").read_bytes())[0].hex() == PCR["PCR0"]
+
+
+def test_the_hint_for_an_image_that_is_not_signed(host: Host) -> None:
+    host.builder()
+    run = host.run("build-eif", "app:1", "app.eif")
+    (said,) = [line for line in run.err.splitlines() if "attestor policy render" in line]
+    assert said.endswith("--measurements app.json --take 0")
+    follow_hint(host, said, PCR["PCR0"])
 
 
 def test_nitro_cli_is_missing(host: Host) -> None:

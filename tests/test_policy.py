@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import replace
 from typing import Any, Final
 
@@ -981,6 +982,51 @@ def test_measurements_of_build_and_describe_enclaves() -> None:
     assert measurements(json.dumps(BUILT)) == pcrs
     assert measurements(json.dumps([RUNNING]).encode()) == pcrs
     assert measurements(json.dumps(BUILT["Measurements"])) == pcrs
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "Sha384 { ... }",  # nitro-cli up to 1.4
+        "Sha512_48 { .. }",  # nitro-cli from 1.5, by the name that sha2 0.10 gives SHA-384
+        "SHA384",
+        "SHA-384",
+        "CoreWrapper { .. }",
+        None,
+    ],
+)
+def test_the_digits_tell_the_algorithm_whatever_it_is_called(algorithm: str | None) -> None:
+    named = {"HashAlgorithm": algorithm, "PCR0": GOOD}
+    assert measurements(json.dumps({"Measurements": named})) == {0: bytes.fromhex(GOOD)}
+
+
+@pytest.mark.parametrize("algorithm", ["Sha256", "Sha256_32 { .. }", "SHA512", "Sha512_64 { .. }"])
+def test_another_length_of_hash_is_refused_by_its_name(algorithm: str) -> None:
+    with pytest.raises(PolicyError, match="expected Sha384"):
+        measurements(json.dumps({"HashAlgorithm": algorithm, "PCR0": GOOD}))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        'Output file: "/tmp/app.eif"\n',  # eif_build
+        "Start building the Enclave Image...\nEnclave Image successfully created.\n",
+        "[2026-11-03 12:00:00] building {app}\n  ",
+    ],
+)
+@pytest.mark.parametrize("document", [BUILT, [RUNNING]], ids=["object", "list"])
+def test_measurements_after_lines_that_are_not_json(before: str, document: object) -> None:
+    text = before + json.dumps(document, indent=2)
+    assert measurements(text)[0].hex() == GOOD
+    assert measurements(text.encode())[0].hex() == GOOD
+
+
+def test_a_preamble_is_looked_through_in_linear_time() -> None:
+    for line in ("\n", " ", "[", "[ \n", "Output\n"):
+        begin = time.process_time()
+        with pytest.raises(PolicyError):
+            measurements(line * (131_072 // len(line)))
+        assert time.process_time() - begin < 1
 
 
 @pytest.mark.parametrize(

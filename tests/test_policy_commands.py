@@ -139,6 +139,62 @@ def test_images_of_measurements_and_documents(enclave: Enclave) -> None:
     assert images(render(*sources, "--take", "8")) == [{"8": OTHER}, {"8": PCR[8]}]
 
 
+MEASURED: Final = {
+    "Measurements": {"HashAlgorithm": "Sha512_48 { .. }"}
+    | {f"PCR{index}": OTHER for index in (0, 1, 2)}
+}
+
+
+def test_a_pcr_that_is_asked_for_and_not_there_is_an_error(tmp_path: Path) -> None:
+    """Left out, the policy would pin less than its author believes."""
+    file = place(tmp_path, MEASURED, "build.json")
+    both = ["--measurements", file, "--take", "0", "--take", "8"]
+    for options in (both, [*both[:2], "--take", "8"], [*both, "--pcr", f"8={OTHER}"]):
+        run = command("policy", "render", *PEOPLE, *options)
+        refused(
+            run, 2, "build.json has no PCR8: the image is not signed", "it has PCR0, PCR1, PCR2"
+        )
+    run = command("policy", "render", *PEOPLE, "--measurements", file, "--take", "3")
+    refused(run, 2, "build.json has no PCR3\n")
+    run = command("policy", "render", *PEOPLE, "--pcr", f"0={OTHER}", "--take", "0")
+    refused(run, 2, "--take needs --measurements or --document")
+    assert images(render("--measurements", file)) == [dict.fromkeys("012", OTHER)]
+
+
+def test_a_pcr_of_zeros_is_not_there_to_be_taken(enclaves: Callable[..., Enclave]) -> None:
+    """The document of an image that is not signed has a PCR8, of zeros."""
+    enclave = enclaves(pcrs={8: bytes(48)})
+    enclave.attestor("attest", "document")
+    sources = ["--document", str(enclave.folder / "document")]
+    sources += ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
+    refused(command("policy", "render", *PEOPLE, *sources, "--take", "8"), 2, "has no PCR8")
+    assert images(render(*sources)) == [{str(index): PCR[index] for index in (0, 1, 2)}]
+
+
+@pytest.mark.parametrize("data", [b"{", b"", b"\xff", b"[]", b'"text"', b'{"a": 1, "a": 2}'])
+def test_errors_name_the_file(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "one.json").write_bytes(data)
+    file = str(tmp_path / "one.json")
+    for arguments in (
+        ("policy", "render", *PEOPLE, "--measurements", file),
+        ("policy", "render", *PEOPLE, "--signing-certificate", file),
+        ("policy", "render", *PEOPLE, "--document", file, "--root", file),
+        ("policy", "check", file),
+        ("policy", "explain", file, "--principal", ROLE),
+        ("verify", "--measurements", file, file),
+        ("verify", "--any-image", "--root", file, file),
+    ):
+        run = command(*arguments)
+        assert run.status in {2, 6}
+        assert file in run.err, arguments
+
+
+def test_the_document_that_is_refused_is_named(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"no document")
+    run = command("policy", "render", *PEOPLE, "--document", str(tmp_path / "one"))
+    refused(run, 6, "document refused, format", f"attestor: note: this is document {tmp_path}/one")
+
+
 def test_a_bound_context_value_is_rendered() -> None:
     policy = render("--pcr", f"0={PCR[0]}", "--bind", "node=3:i-0123456789abcdef0")
     text = json.dumps(policy)
@@ -191,7 +247,9 @@ def test_a_document_in_debug_mode_or_of_another_root_is_no_measurement(
     enclave.attestor("attest", "document")
     document = ["--document", str(enclave.folder / "document")]
     root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
-    refused(command("policy", "render", *PEOPLE, *document, *root), 6, "debug mode")
+    run = command("policy", "render", *PEOPLE, *document, *root)
+    refused(run, 6, "debug mode", "hint: it attests zeros, not its image: --measurements takes")
+    assert "--allow-debug" not in run.err  # which this command has not
     refused(command("policy", "render", *PEOPLE, *document), 6, "root")
 
 
