@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attestor_io import signals
 from attestor_io.errors import OutputError
-from attestor_io.secret_file import SecretFile, drop_replaced, placed
+from attestor_io.secret_file import SecretFile, placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -107,5 +107,6 @@ def _help(files: Sequence[SecretFile], reader: int, writer: int) -> NoReturn:
         if os.fork() == 0:  # the program shall have no child that it does not know
             os.close(writer)
             if not os.read(reader, 1):
-                drop_replaced(files)
+                for file in files:  # nothing can be taken back any more: whatever can go, goes
+                    file.close()
     os._exit(0)

@@ -126,7 +126,7 @@ class SecretFile:
                 _remove_leftovers(self._folder)
                 self._file = self._create()
         except BaseException:
-            self._close()
+            self.close()
             raise
 
     def _check(self) -> None:
@@ -283,9 +283,10 @@ class SecretFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Remove what has a hidden name, and give the descriptors back."""
         for name in filter(None, (self._new, self._old)):
             _remove(name)
         for descriptor in (self._file, self._folder):
@@ -305,7 +306,7 @@ def placed(files: Sequence[SecretFile]) -> Iterator[None]:
         for file in files:
             file.take_name()
         yield
-        drop_replaced([file for file in files if file.replaced])
+        _drop_replaced([file for file in files if file.replaced])
     except BaseException:
         for file in reversed(files):
             file.take_back()
@@ -313,7 +314,7 @@ def placed(files: Sequence[SecretFile]) -> Iterator[None]:
         raise
 
 
-def drop_replaced(files: Sequence[SecretFile]) -> None:
+def _drop_replaced(files: Sequence[SecretFile]) -> None:
     """Remove what these files replaced; raises OutputError while nothing of it is gone."""
     for index, file in enumerate(files):
         try:

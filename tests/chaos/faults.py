@@ -51,6 +51,8 @@ SCARCE: Final = {
 """What runs out: from that call on, every further one of the function fails as well."""
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PASSIVE: Final = frozenset("stat fstat access readlink lock close opendir readdir".split())
+_PASSIVE_SHARE: Final = 3  # of these calls a selection has so many times fewer
 PROMPT_MS: Final = 15  # between raising a signal and the call: time in which a thread can take it
 _TEXT: Final = re.compile(r"([a-z]+):(\d+):([a-z-]*)([A-Z0-9]*)(\+(SIG[A-Z]+)@(\d+))?")
 _RANDOM: Final = re.compile(r"at:(\d+\.\d+):(SIG[A-Z]+)")
@@ -76,12 +78,15 @@ class Fault:
     seconds: float = 0.0
 
     @property
-    def signal(self) -> int:
-        """The signal that comes, 0 for none."""
-        if self.then_signal:
-            return self.then_signal
+    def signals(self) -> frozenset[int]:
+        """The signals that come and may end a process."""
         raised = self.function is None or self.action in {state.SIGNAL_BEFORE, state.SIGNAL_AFTER}
-        return self.value if raised else 0
+        return frozenset({self.value * raised, self.then_signal}) - {0, signal.SIGSTOP}
+
+    @property
+    def stops(self) -> bool:
+        """Whether the process stands still until another has written into the same folder."""
+        return self.action == state.SIGNAL_BEFORE and self.value == signal.SIGSTOP
 
     @property
     def fails(self) -> bool:
@@ -123,7 +128,8 @@ def enumerate_faults(functions: Sequence[str], *, fills: bool) -> list[Fault]:
     """Every fault at every call of an undisturbed run, in an order that is always the same.
 
     `functions` names the calls in their order. The order is that of a hash, so that any number of
-    them from the front is a fair selection. With `fills` the disk becomes full before each call.
+    them from the front is a fair selection, with fewer of the calls that change nothing. With
+    `fills` the disk becomes full before each call.
     """
     texts: list[str] = []
     counts: dict[str, int] = {}
@@ -131,8 +137,13 @@ def enumerate_faults(functions: Sequence[str], *, fills: bool) -> list[Fault]:
         counts[function] = counts.get(function, 0) + 1
         place = f"{function}:{counts[function]}"
         texts += [f"{place}:{one}" for one in _at_call(function, fills=fills)]
-    texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+    texts.sort(key=_turn)
     return [parse(text) for text in texts]
+
+
+def _turn(text: str) -> int:
+    turn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return turn * _PASSIVE_SHARE if text.partition(":")[0] in _PASSIVE else turn
 
 
 def _at_call(function: str, *, fills: bool) -> Iterator[str]:
@@ -144,5 +155,7 @@ def _at_call(function: str, *, fills: bool) -> Iterator[str]:
     for number in (*SIGNALS, signal.SIGKILL):
         yield f"before-{number.name}"
         yield f"after-{number.name}"
+    yield "before-SIGTERM+SIGHUP@1"  # a second one while the first is being dealt with
+    yield "before-SIGSTOP"
     # while the failure is being undone, at the first three calls of that
     yield from (f"{one}+SIGTERM@{after}" for one in errnos[:1] for after in (1, 2, 3))

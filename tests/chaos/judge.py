@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 KINDS: Final = ("partial", "readable", "lost", "placed", "left", "hung", "wrong")
 OUTPUT_STATUS: Final = 7
+_NAMING: Final = frozenset("link rename exchange noreplace".split())
 _NO_PROGRAM: Final = frozenset({126, 127})
 _OURS: Final = re.compile(r"\.attestor-[0-9a-f]{16}")
 _NOISE: Final = ("Traceback", "bug", "Exception ignored", "unexpected", "Error:")
@@ -224,7 +225,7 @@ class Judge:
     ) -> None:
         expected = self._expected(trace)
         number = ending.signal or (ending.status or 0) - 128
-        signalled = not trace.hit_in_helper and number == self._fault.signal > 0
+        signalled = not trace.hit_in_helper and number in self._fault.signals
         if signalled and "signal" in expected:
             became = self._scenario.program and trace.executing
             if "new" in states and not (became and states <= {"new", "old"}):
@@ -252,7 +253,7 @@ class Judge:
             # a program that cannot be run may be found before the disk is known to be full
             usual = {OUTPUT_STATUS, *(usual & _NO_PROGRAM)}
         if fault.function is None:
-            return usual | ({"signal"} if fault.signal else set())
+            return usual | ({"signal"} if fault.signals else set())
         if not trace.hit:
             return usual
         expected = set(usual)
@@ -260,7 +261,7 @@ class Judge:
             expected.add(OUTPUT_STATUS)
             if fault.function == "execve" or scenario.status in _NO_PROGRAM:
                 expected |= _NO_PROGRAM
-        if fault.signal and not trace.hit_in_helper:
+        if fault.signals and not trace.hit_in_helper:
             expected.add("signal")
             if self._must_end_it(trace):
                 expected -= usual
@@ -269,21 +270,26 @@ class Judge:
     def _must_end_it(self, trace: Trace) -> bool:
         """Whether the signal came so early that nothing but its end is right.
 
-        That is: before the last byte of a target was written; with a program, at any time before
-        it took over.
+        That is: before the last target was made durable, and so before any had its name; with a
+        program, at any time before it took over.
         """
         if self._fault.fails:
             return False
         if self._scenario.program and self._scenario.status == PROGRAM_STATUS:
             return not self._place.full
-        writes = [number for number, call in enumerate(trace.calls) if call.function == "write"]
-        return bool(writes) and trace.hit_entry < writes[-1]
+        names = {Path(target.path).name for target in self._scenario.targets}
+        for number, call in enumerate(trace.calls):
+            if call.function in _NAMING and call.second in names:
+                syncs = [one for one in range(number) if trace.calls[one].function == "fsync"]
+                return bool(syncs) and trace.hit_entry <= syncs[-1]
+        return False
 
     def _check_words(self, verdict: Verdict, ending: Ending, *, signalled: bool) -> None:
-        quiet = signalled or ending.status == self._success
+        may_fail = self._fault.fails or self._place.full or self._scenario.status in _NO_PROGRAM
+        quiet = (signalled and not may_fail) or ending.status == self._success
         if any(word in ending.said for word in _NOISE) or (quiet and ending.said):
             verdict.add("wrong", f"stderr of {ending}")
-        elif not quiet and not ending.signal and "attestor: error: " not in ending.said:
+        elif not quiet and not signalled and "attestor: error: " not in ending.said:
             verdict.add("wrong", f"no error message: {ending}")
 
     def judge_after_another(self, ending: Ending) -> Verdict:

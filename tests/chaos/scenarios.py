@@ -161,7 +161,7 @@ def _all() -> list[Scenario]:
         ),
         *_both(
             "message",
-            "decrypt --any-key {inputs}/message {root}/t/out",
+            "decrypt --any-key --context node=3 {inputs}/message {root}/t/out",
             ("t/out", "message-plaintext"),
         ),
         *_both(

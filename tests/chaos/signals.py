@@ -1,7 +1,9 @@
 """Whole processes of `attestor decrypt`, each with one signal at a random time after its start.
 
 Each must end as that signal ends a process, with the target as it was before, or with 0 and the
-complete target; in both cases promptly, and without a word on stderr.
+complete target; in both cases promptly, and without a word on stderr. One case is counted by
+itself: SIGINT while Python starts, some milliseconds before it runs a line of ours, is a
+KeyboardInterrupt in its `site` module, with Python's own words and status.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tests.chaos.scenarios import OLD, PLAINTEXT, Inputs
 PROMPT: Final = 1.0  # seconds, on a machine that has nothing else to do
 LATE: Final = 10.0  # seconds, on one that has
 HUNG: Final = 60.0
+_PYTHON_STARTS: Final = "Fatal Python error: init_import_site"
 LATEST: Final = 0.7  # seconds after the start of a process
 
 
@@ -97,14 +100,18 @@ def _judge(
     old = OLD if force else None
     names = set(os.listdir(out.parent)) - {"out"}
     ended = f"status {status}" if status >= 0 else signal.Signals(-status).name
+    words = said.decode(errors="replace")
+    if which == signal.SIGINT and status == 1 and words.startswith(_PYTHON_STARTS):
+        changed = found != old or names
+        return "Python's start", "Python's start, and the folder changed" if changed else ""
     if status not in {0, -which}:
-        return ended, f"ended with {ended}"
+        return ended, f"ended with {ended}, and stderr has {words[-300:]!r}"
     if found != (PLAINTEXT if status == 0 else old):
         return ended, f"{ended}, and the target is {'absent' if found is None else found[:40]!r}"
     if names:
         return ended, f"{ended}, and there is {names}"
     if said:
-        return ended, f"{ended}, and stderr has {said.decode(errors='replace')[-300:]!r}"
+        return ended, f"{ended}, and stderr has {words[-300:]!r}"
     return ended, ""
 
 
@@ -112,7 +119,7 @@ def _report(outcomes: list[Outcome], started: float) -> int:
     """Print counts by signal and end, the slowest, and every violation."""
     counts = Counter((one.signal, one.ended) for one in outcomes)
     for (which, ended), number in sorted(counts.items()):
-        driver.show(f"{which:<8} ended with {ended:<12} {number:>6}")
+        driver.show(f"{which:<8} ended with {ended:<14} {number:>6}")
     wrong = [one for one in outcomes if one.violation]
     for one in wrong:
         driver.show(f"{one.signal} at {one.at:.4f} s: {one.violation}")
