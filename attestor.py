@@ -20,7 +20,7 @@ Exit status:
     3    no Nitro Secure Module, or it refused
     4    KMS refused, or there are no valid credentials: do not retry; a key policy denies or is
          wrong
-    5    KMS not reachable, throttled or failing: retry
+    5    KMS not reachable, throttled or failing; too little memory: retry
     6    not authentic: attestation document, envelope, TLS certificate or name, key id
     7    the output cannot be written
     8    policy explain cannot tell
@@ -71,6 +71,8 @@ from attestor_io.errors import (
 )
 from attestor_io.reading import Message, is_message, read_head
 from attestor_io.secret_file import Target, open_target
+from attestor_io.shortage import shortage
+from attestor_io.text_options import demand_text
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
@@ -139,7 +141,13 @@ _SECRET_MEMBER: Final = {
 
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/\s]++={0,2}")
 
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_NO_ENCLAVE: Final = "this does not look like a Nitro Enclave: only there is the module's device"
+_NOT_PERMITTED: Final = "the device is there: this user or a sandbox lacks permission to use it"
+_OPEN_HINTS: Final = {  # what open(2) of /dev/nsm can say although this is an enclave
+    errno.EACCES: _NOT_PERMITTED,
+    errno.EPERM: _NOT_PERMITTED,
+    errno.EBUSY: "the device is there: another process holds it",
+}
 _ALGORITHMS: Final = ("SYMMETRIC_DEFAULT", "RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256", "SM2PKE")
 
 # ------------------------------------------------------------------- the envelope (RFC 5652, X.690)
@@ -491,8 +499,9 @@ def use_module(use: Callable[[Any], _T]) -> _T:
     except NsmError as error:
         if error.operation != "open":
             raise ModuleError(f"the Nitro Secure Module refused: {error}") from error
-        hint = "this does not look like a Nitro Enclave: only there is the module's device"
-        raise ModuleError(f"no Nitro Secure Module: {error}", hint) from error
+        hint = _OPEN_HINTS.get(error.errno or 0, _NO_ENCLAVE)
+        kind = "no Nitro Secure Module" if hint is _NO_ENCLAVE else "Nitro Secure Module not opened"
+        raise ModuleError(f"{kind}: {error}", hint) from error
 
 
 _worker: IdleWorker | None = None
@@ -950,9 +959,10 @@ class _Cli(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name; raises InputError for one that is not installed."""
         if cmd_name in FURTHER_COMMANDS:
-            command: click.Command = load(FURTHER_COMMANDS[cmd_name], f"the command {cmd_name}")
-            return command
-        return super().get_command(ctx, cmd_name)
+            command = load(FURTHER_COMMANDS[cmd_name], f"the command {cmd_name}")
+        else:
+            command = super().get_command(ctx, cmd_name)
+        return demand_text(command) if command else None
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command and exit; see the module's docstring for the statuses."""
@@ -995,11 +1005,13 @@ def _status_of(command: Callable[[], Any]) -> int:
 
 def _report(error: Exception) -> int:
     """Say what went wrong, and return its exit status."""
+    short = shortage(error)
     match error:
+        case _ if short and not isinstance(error, OutputError):  # it may come out as any other
+            said = f": {error}" if isinstance(error, AttestorError) else ""
+            return _fail(UnreachableError.status, f"{short}{said}")
         case AttestorError():
             return _fail(error.status, str(error), *error.hints, notes=error.notes)
-        case OSError() if error.errno in _EXHAUSTED:
-            return _fail(UnreachableError.status, f"the system has too little: {error.strerror}")
         case click.exceptions.NoArgsIsHelpError():
             with contextlib.suppress(OSError):
                 click.echo(error.format_message(), err=True)
@@ -1315,15 +1327,18 @@ def _check_key_options(key_id: str | None, *, any_key: bool, algorithm: str | No
 
 def main() -> NoReturn:
     """Run the command line."""
+    try:
+        sys.exit(_status_of(_prepare_process) or cli.main())
+    except SystemExit as end:
+        _exit_now(end.code if isinstance(end.code, int) else 1)
+
+
+def _prepare_process() -> None:
     hold()
     signals.owner.start()
     warnings.simplefilter("ignore")  # of libraries, such as that the clock is off: errors say so
     _hide_memory()
     gc.disable()  # so short a process ends before a collection pays
-    try:
-        cli.main()
-    except SystemExit as end:
-        _exit_now(end.code if isinstance(end.code, int) else 1)
 
 
 def _hide_memory() -> None:

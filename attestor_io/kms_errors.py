@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from attestor_io.errors import (
     AttestorError,
@@ -11,9 +11,7 @@ from attestor_io.errors import (
     RefusedError,
     UnreachableError,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from attestor_io.shortage import causes
 
 CREDENTIALS_HINT: Final = (
     "in an enclave the parent must pass them on, and renew them when they expire"
@@ -117,16 +115,6 @@ def _translate_tls(error: Exception) -> AttestorError:
 def _has_no_root(cause: BaseException) -> bool:
     """Whether OpenSSL found no certificate where it was told to look for roots."""
     return getattr(cause, "library", None) == "X509"
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it was raised from, also where libraries hand it on as an argument."""
-    while error is not None:
-        yield error
-        inner = getattr(error, "kwargs", {}).get("error") or next(
-            (argument for argument in error.args if isinstance(argument, BaseException)), None
-        )
-        error = inner or error.__cause__ or error.__context__
 
 
 def redacted(error: AttestorError, session: Any) -> AttestorError:

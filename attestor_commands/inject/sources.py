@@ -230,7 +230,7 @@ def _ours(error: Exception) -> AttestorError | None:  # noqa: PLR0911 - a table,
     from urllib3 import exceptions as http
     from urllib3.util.ssl_match_hostname import CertificateError
 
-    from attestor_io.kms_errors import causes
+    from attestor_io.shortage import causes
 
     match error:
         case AttestorError():
