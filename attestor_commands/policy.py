@@ -197,7 +197,8 @@ def check(file: str, as_json: bool) -> int:
       aws kms get-key-policy --key-id KEY --query Policy --output text | attestor policy check -
 
     FILE is the policy in JSON; "-" reads standard input. The policy is read as that of a key for
-    attested enclaves only. Exit status: 0 nothing found, 4 findings.
+    attested enclaves only. A warning is printed, too, but is no fault. Exit status: 0 no fault, 4
+    faults.
     """
     import keypolicy
     from attestor_commands import policy_report
@@ -207,7 +208,8 @@ def check(file: str, as_json: bool) -> int:
     print_report(
         policy_report.findings_object(findings), policy_report.findings_text, as_json=as_json
     )
-    return RefusedError.status if findings else 0
+    faults = [found for found in findings if not found.warning]
+    return RefusedError.status if faults else 0
 
 
 def _read_policy(path: str) -> Any:

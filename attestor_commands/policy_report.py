@@ -26,6 +26,7 @@ def findings_object(findings: Sequence[Finding]) -> Object:
             {
                 "statement": found.statement,
                 "code": found.code,
+                "severity": "warning" if found.warning else "error",
                 "problem": found.problem,
                 "fix": found.fix,
             }
@@ -38,9 +39,9 @@ def findings_text(report: Object) -> str:
     """Two lines or more for each finding."""
     lines = []
     for found in report["findings"]:
-        lines += wrapped(
-            f"{found['statement']}: {found['problem']} [{found['code']}]", "", hanging="    "
-        )
+        warning = "warning: " if found["severity"] == "warning" else ""
+        text = f"{found['statement']}: {warning}{found['problem']} [{found['code']}]"
+        lines += wrapped(text, "", hanging="    ")
         lines += wrapped(f"fix: {found['fix']}", "    ")
     return "\n".join(lines)
 

@@ -14,13 +14,14 @@ Sources: "IAM JSON policy elements reference" and "Policy evaluation logic" of t
 "Cryptographic attestation" of the Nitro Enclaves User Guide.
 
 This package imports nothing else of the project, and its files import downwards only, in this
-order: `render`, `check`, then `evaluate` over `operators`, and `measure`, all over `model`. Three
+order: `check` over `parents` and `openings`, which ask `evaluate`; that over `callers`, `keys` and
+`operators`; beside them `render`, `pcr_values`, `findings` and `measure`; all over `model`. Three
 of them are named like their function, which is what the package's attribute of that name is.
 """
 
 from __future__ import annotations
 
-from keypolicy.check import RECIPIENT_ACTIONS, Finding, check
+from keypolicy.check import check
 from keypolicy.evaluate import (
     NOT_EVALUATED,
     ConditionFinding,
@@ -30,6 +31,7 @@ from keypolicy.evaluate import (
     StatementFinding,
     evaluate,
 )
+from keypolicy.findings import RECIPIENT_ACTIONS, Finding
 from keypolicy.measure import measurements, pcr_of_certificate, pcr_of_instance, pcr_of_role
 from keypolicy.model import ATTESTATION, POLICY_MAX, Condition, Policy, PolicyError, Statement
 from keypolicy.render import Bind, Rendered, render

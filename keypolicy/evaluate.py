@@ -8,27 +8,24 @@ Every answer is in three-valued logic: None is what cannot be told from the poli
 from __future__ import annotations
 
 import enum
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from keypolicy.callers import Caller, Principals
+from keypolicy.keys import is_about_context, is_about_enclave, is_about_nitrotpm, is_known
 from keypolicy.model import (
     ATTESTATION,
     ENCRYPTION_CONTEXT,
-    EVERYONE,
-    KMS_CONDITION_KEYS,
     Condition,
     Policy,
-    PolicyError,
     Statement,
-    abbreviated,
     pcr_condition_key,
     split_arn,
 )
 from keypolicy.operators import compare, conjunction, covers_action, covers_resource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 NOT_EVALUATED: Final = (
     "identity policies",
@@ -54,14 +51,16 @@ class Request:
 
     `principal` is the ARN of a user, role, assumed-role session or account root; `resource` that of
     the key. `pcrs` are those of the attestation document, None where the call brings none;
-    `context` is the encryption context; `keys` are further condition keys and their values, as
-    {"kms:KeySpec": "SYMMETRIC_DEFAULT"}.
+    `more_pcrs` says that it has others, whose values are not known. `context` is the encryption
+    context; `keys` are further condition keys and their values, as {"kms:KeySpec":
+    "SYMMETRIC_DEFAULT"}.
     """
 
     principal: str
     action: str
     resource: str
     pcrs: Mapping[int, bytes] | None = None
+    more_pcrs: bool = False
     context: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,8 +120,8 @@ def evaluate(policy: Policy, request: Request) -> Evaluation:
 
     Raises PolicyError when the request's principal or resource is no ARN.
     """
-    caller = _Caller.from_arn(request.principal)
-    values = _request_values(request, caller)
+    caller = Caller.from_arn(request.principal)
+    values = _known_values(request, caller)
     findings = tuple(_judge(found, request, caller, values) for found in policy.statements)
     denials = [found for found in findings if found.statement.effect == "Deny"]
     allows = [found for found in findings if found.statement.effect == "Allow"]
@@ -160,13 +159,13 @@ def _open_questions(
 
 
 def _judge(
-    statement: Statement, request: Request, caller: _Caller, values: Mapping[str, tuple[str, ...]]
+    statement: Statement, request: Request, caller: Caller, values: KnownValues
 ) -> StatementFinding:
     """Find whether a statement applies: its principal, action, resource and every condition."""
-    principal, delegates = _judge_principal(statement, caller)
+    principal, delegates = Principals(statement).judge(caller)
     action = covers_action(statement, request.action)
     resource = covers_resource(statement, request.resource)
-    conditions = tuple(_judge_condition(condition, values) for condition in statement.conditions)
+    conditions = tuple(judge_condition(condition, values) for condition in statement.conditions)
     reasons = [
         reason
         for held, reason in (
@@ -181,13 +180,13 @@ def _judge(
     return StatementFinding(statement, applies, tuple(reasons), conditions, delegates)
 
 
-def _judge_condition(
-    condition: Condition, values: Mapping[str, tuple[str, ...]]
-) -> ConditionFinding:
+def judge_condition(condition: Condition, values: KnownValues) -> ConditionFinding:
     """Find whether a condition holds for the values of a request."""
-    actual = _values_of_key(values, condition.key)
+    actual = values.of(condition.key)
     if actual is None:
-        return ConditionFinding(condition, (), None, "the request does not tell this key")
+        if is_known(condition.key):
+            return ConditionFinding(condition, (), None, "the request does not tell this key")
+        return ConditionFinding(condition, (), None, "this key is not known here")
     held, note = compare(condition, actual)
     return ConditionFinding(condition, actual, held, note if held is None else "")
 
@@ -202,117 +201,8 @@ def _condition_reason(found: ConditionFinding) -> str:
     return f"{operator_and_key} does not hold: {actual}, policy: {values}"
 
 
-# ---- principals
-
-
-class _Caller(NamedTuple):
-    """Who asks, by all the names that a statement may use.
-
-    `principal_arn` is aws:PrincipalArn: for a session it is the ARN of its role, here without the
-    role's path, which a session does not tell.
-    """
-
-    account: str
-    root: str
-    arn: str
-    principal_arn: str
-    role: str  # the name of the role of a session or a role, else ""
-    session: bool
-
-    @classmethod
-    def from_arn(cls, arn: str) -> Self:
-        """Read the ARN of a user, role, assumed-role session or root, or raise PolicyError."""
-        _, partition, service, _, account, resource = split_arn(arn)
-        kind, _, rest = resource.partition("/")
-        session = (service, kind) == ("sts", "assumed-role")
-        role = ""
-        if session:
-            role = rest.partition("/")[0]  # role name/session name
-        elif (service, kind) == ("iam", "role"):
-            role = rest.rpartition("/")[2]  # path/role name
-        if not re.fullmatch(r"\d{12}", account) or service not in ("iam", "sts"):
-            raise PolicyError(
-                f"principal {abbreviated(arn)} is not the ARN of a user, role or session"
-            )
-        root = f"arn:{partition}:iam::{account}:root"
-        principal_arn = f"arn:{partition}:iam::{account}:role/{role}" if session else arn
-        return cls(account, root, arn, principal_arn, role, session)
-
-
-def _judge_principal(statement: Statement, caller: _Caller) -> tuple[bool | None, bool]:
-    """Find whether a statement is about the caller, and whether it only delegates to the account.
-
-    "Key policies" of KMS: an Allow for an account lets that account's identity policies allow.
-    """
-    named = [_names_caller(kind, name, caller) for kind, name in statement.principals]
-    if statement.not_principal:
-        return _judge_not_principal(named, statement, caller), False
-    # before the account: who is named beside it needs no identity policy
-    if True in named:
-        return True, False
-    if _names_account(statement, caller):
-        # a Deny for it reaches everyone in it; an Allow only lets its identity policies allow
-        return True, statement.effect == "Allow"
-    return (None if None in named else False), False
-
-
-def _judge_not_principal(
-    named: list[bool | None], statement: Statement, caller: _Caller
-) -> bool | None:
-    """Find whether a statement with NotPrincipal reaches the caller.
-
-    NotPrincipal compares every name of the caller: account, role and session must all be listed to
-    be exempt. Where some are listed this cannot be told, since a request has only one of them.
-    """
-    if EVERYONE in statement.principals:
-        return False
-    if _names_account(statement, caller) or any(held is not False for held in named):
-        return None
-    return True
-
-
-def _names_account(statement: Statement, caller: _Caller) -> bool:
-    """Tell whether a statement lists the caller's account, by its number or as its root."""
-    return any(
-        kind == "AWS" and name in (caller.account, caller.root)
-        for kind, name in statement.principals
-    )
-
-
-def _names_caller(kind: str, name: str, caller: _Caller) -> bool | None:
-    """Tell whether one principal of a statement is the caller itself, not the caller's account."""
-    if kind == "*" or (kind == "AWS" and name == caller.arn):
-        return True
-    if kind == "AWS" and name == caller.account:
-        return caller.arn == caller.root  # the root user is its account
-    return _names_role(name, caller) if kind == "AWS" and caller.role else False
-
-
-def _names_role(name: str, caller: _Caller) -> bool | None:
-    """Tell whether a principal is the role of the calling session.
-
-    None where the caller is a role and the principal one session of it: it may be that session.
-    """
-    try:
-        other = _Caller.from_arn(name)
-    except PolicyError:
-        return False
-    if (other.root, other.role) != (caller.root, caller.role):
-        return False
-    if caller.session:
-        # a session's ARN lacks the role's path, but a role's name is unique in its account
-        return not other.session
-    return None if other.session else False
-
-
 # ---- condition keys of the request
 
-# What a direct call may have, whatever its value: neither the policy nor the request tells it.
-# Not so kms:ViaService, which only a service's call has, nor the context, which the request tells.
-_NOT_TOLD: Final = frozenset(key.lower() for key in KMS_CONDITION_KEYS) - {
-    "kms:viaservice",
-    "kms:encryptioncontextkeys",
-}
 # Global keys that only a call made by a service has.
 _OF_SERVICES: Final = frozenset(
     f"aws:{name}"
@@ -320,21 +210,43 @@ _OF_SERVICES: Final = frozenset(
 )
 
 
-def _request_values(request: Request, caller: _Caller) -> dict[str, tuple[str, ...]]:
-    """Return the values of a request's condition keys; keys in lower case, as they have no case."""
+class KnownValues(NamedTuple):
+    """The condition keys of a request, as far as they are known.
+
+    `values` are by key in lower case, as condition keys have no case; `lacks` tells of any other
+    key, in lower case, whether the request surely lacks it.
+    """
+
+    values: Mapping[str, tuple[str, ...]]
+    lacks: Callable[[str], bool]
+
+    def of(self, key: str) -> tuple[str, ...] | None:
+        """Return the values of a key: () where it is absent, None where that is unknown."""
+        key = key.lower()
+        found = self.values.get(key)
+        if found is None and self.lacks(key):
+            return ()
+        return found
+
+
+def values_of_pcrs(pcrs: Mapping[int, bytes]) -> dict[str, tuple[str, ...]]:
+    """Return the condition keys, in lower case, that the PCRs of an enclave's document give."""
     values: dict[str, tuple[str, ...]] = {
-        "aws:principalaccount": (caller.account,),
-        "kms:calleraccount": (caller.account,),
+        pcr_condition_key(index).lower(): (value.hex(),) for index, value in pcrs.items()
+    }
+    if 0 in pcrs:
+        values[f"{ATTESTATION}ImageSha384".lower()] = (pcrs[0].hex(),)
+    return values
+
+
+def _known_values(request: Request, caller: Caller) -> KnownValues:
+    """Return what a request tells of its condition keys."""
+    values: dict[str, tuple[str, ...]] = caller.condition_values() | {
         "aws:requestedregion": (split_arn(request.resource)[3],),
         "aws:securetransport": ("true",),
         "aws:viaawsservice": ("false",),
-        "aws:principalisawsservice": ("false",),
-        "aws:principalarn": (caller.principal_arn,),
     }
-    for index, digest in (request.pcrs or {}).items():
-        values[pcr_condition_key(index).lower()] = (digest.hex(),)
-    if request.pcrs and 0 in request.pcrs:
-        values[f"{ATTESTATION}ImageSha384".lower()] = (request.pcrs[0].hex(),)
+    values.update(values_of_pcrs(request.pcrs or {}))
     for name, value in request.context.items():
         # names of a context differ in case, their condition keys do not: such a key has both values
         key = f"{ENCRYPTION_CONTEXT}{name}".lower()
@@ -343,13 +255,20 @@ def _request_values(request: Request, caller: _Caller) -> dict[str, tuple[str, .
         values["kms:encryptioncontextkeys"] = tuple(request.context)
     # last, since what the caller of `evaluate` states is meant to win
     values.update({key.lower(): (value,) for key, value in request.keys.items()})
-    return values
+    return KnownValues(values, lambda key: _is_absent(key, request))
 
 
-def _values_of_key(values: Mapping[str, tuple[str, ...]], key: str) -> tuple[str, ...] | None:
-    """Return the request's values of a key: () where it is absent, None where that is unknown."""
-    key = key.lower()
-    if key in values:
-        return values[key]
-    not_told = key in _NOT_TOLD or (key.startswith("aws:") and key not in _OF_SERVICES)
-    return None if not_told else ()
+def _is_absent(key: str, request: Request) -> bool:
+    """Tell whether a direct call surely lacks a key that it does not tell.
+
+    That is so of the context and of the document, which the request tells, and of what only a
+    service's call has. Other keys may have any value, and one that is not known here may exist.
+    """
+    if is_about_enclave(key):
+        return request.pcrs is None or not request.more_pcrs
+    return (
+        is_about_nitrotpm(key)
+        or is_about_context(key)
+        or key == "kms:viaservice"
+        or key in _OF_SERVICES
+    )

@@ -125,6 +125,8 @@ def image_identity_problem(pinned: Iterable[int]) -> str:
         return "PCR2 without PCR1 admits a foreign kernel and init around the genuine application"
     if 1 in found:
         return "PCR1 without PCR2 admits any application on this kernel"
+    if not found:
+        return "no PCR is asked for, so that any image is admitted, in debug mode too"
     return f"{pcr_names(found)} alone admits any image, in debug mode too"
 
 

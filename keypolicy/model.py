@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-POLICY_MAX: Final = 131_072  # characters that PutKeyPolicy takes
+POLICY_MAX: Final = 131_072
+"""The characters that the API of PutKeyPolicy takes, and the most that is read here."""
+
+KEY_POLICY_MAX: Final = 32_768
+"""The bytes of a key policy that KMS keeps ("Resource quotas"; the quota cannot be raised)."""
 
 EVERYONE: Final = ("*", "*")
 """The principal of a statement that is about every caller, whether written "*" or {"AWS": "*"}."""
@@ -46,22 +50,6 @@ ATTESTATION: Final = "kms:RecipientAttestation:"
 
 ENCRYPTION_CONTEXT: Final = "kms:EncryptionContext:"
 """What the condition key for one member of the encryption context starts with, before its name."""
-
-KMS_CONDITION_KEYS: Final = tuple(
-    f"kms:{name}"
-    for name in """
-        BypassPolicyLockoutSafetyCheck CallerAccount CustomerMasterKeySpec CustomerMasterKeyUsage
-        DataKeyPairSpec EncryptionAlgorithm EncryptionContextKeys ExpirationModel
-        GrantConstraintType GrantIsForAWSResource GrantOperations GranteePrincipal
-        KeyAgreementAlgorithm KeyOrigin KeySpec KeyUsage MacAlgorithm MessageType MultiRegion
-        MultiRegionKeyType PrimaryRegion ReEncryptOnSameKey ReplicaRegion RequestAlias
-        ResourceAliases RetiringPrincipal RotationPeriodInDays
-        ScheduleKeyDeletionPendingWindowInDays SigningAlgorithm ValidTo ViaService
-        WrappingAlgorithm WrappingKeySpec
-    """.split()
-)
-"""The keys of "Condition keys for AWS KMS" and of the service authorization reference, without
-those of attestation and of the encryption context."""
 
 
 def pcr_condition_key(index: int) -> str:
@@ -111,10 +99,11 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A key policy, in the order of its statements."""
+    """A key policy, in the order of its statements; `size` is in bytes, 0 where not read."""
 
     statements: tuple[Statement, ...]
     version: str = _DEFAULT_VERSION
+    size: int = 0
 
     @classmethod
     def parse(cls, text: str | bytes) -> Self:
@@ -129,7 +118,8 @@ class Policy:
         if not isinstance(items, list) or not items:
             raise PolicyError("policy has no Statement")
         statements = tuple(_statement(number, item) for number, item in enumerate(items, start=1))
-        return cls(statements, version)
+        size = len(text if isinstance(text, bytes) else text.encode(errors="replace"))
+        return cls(statements, version, size)
 
 
 def _statement(number: int, item: object) -> Statement:
@@ -264,6 +254,16 @@ def split_arn(arn: str) -> list[str]:
     if len(parts) != 6 or parts[0] != "arn":
         raise PolicyError(f"{abbreviated(arn)} is not an ARN")
     return parts
+
+
+def mixed_partitions(names: Iterable[str]) -> str:
+    """Say of which partitions these ARNs are, where they are of several; else empty."""
+    found = sorted({name.split(":")[1] for name in names if name.startswith("arn:")} - {"*"})
+    if len(found) < 2:
+        return ""
+    return (
+        f"ARNs are of the partitions {', '.join(found)}: KMS knows the principals of its own alone"
+    )
 
 
 def iam_entity_type(arn: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from keypolicy.check import PLAINTEXT_ACTIONS, RECIPIENT_ACTIONS
+from keypolicy.findings import PLAINTEXT_ACTIONS, RECIPIENT_ACTIONS
 from keypolicy.measure import (
     PCR_BYTES,
     image_identity_problem,

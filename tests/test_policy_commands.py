@@ -212,7 +212,7 @@ def test_other_actions_are_rendered() -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ([], "no PCR alone admits any image"),
+        ([], "no PCR is asked for, so that any image is admitted, in debug mode too"),
         (["--pcr", f"3={OTHER}"], "PCR3 alone admits any image, in debug mode too"),
         (
             ["--role-arn", ROLE, "--instance-id", "i-0123456789abcdef0"],
@@ -316,10 +316,24 @@ def test_the_json_of_check(tmp_path: Path) -> None:
     assert (run.status, run.err) == (4, "")
     (finding,) = json.loads(run.out)["findings"]
     assert {name: type(value) for name, value in finding.items()} == dict.fromkeys(
-        ("statement", "code", "problem", "fix"), str
+        ("statement", "code", "severity", "problem", "fix"), str
     )
+    assert finding["severity"] == "error"
     run = command("policy", "check", "--json", place(tmp_path, policy_of(attested())))
     assert (run.status, json.loads(run.out)) == (0, {"findings": []})
+
+
+def test_a_warning_is_printed_and_is_no_fault(tmp_path: Path) -> None:
+    parent = attested(Action="kms:Encrypt", Condition={})
+    file = place(tmp_path, policy_of(attested(), parent))
+    run = command("policy", "check", file)
+    assert (run.status, run.err) == (0, "")
+    text = " ".join(run.out.decode().split())
+    assert text.startswith(f"statement 3: warning: allows kms:Encrypt to {ROLE}, the parent")
+    (found,) = json.loads(command("policy", "check", "--json", file).out)["findings"]
+    assert (found["code"], found["severity"]) == ("parent_encrypts", "warning")
+    file = place(tmp_path, policy_of(attested(), parent, attested(Action="kms:Put*", Condition={})))
+    assert command("policy", "check", file).status == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +25,9 @@ _SHORT: Final = Job("", "", limit=6, random_runs=1, whole=0)
 def main(arguments: Sequence[str]) -> int:
     """Run the test, and return the exit status."""
     options = _parser().parse_args(arguments)
+    for number in faults.SIGNALS:  # whoever started this may ignore them, and commands then would
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if options.what == "signals":
         return signals.run(options.runs, options.seed)
     started = time.monotonic()

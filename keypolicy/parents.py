@@ -1,0 +1,93 @@
+"""Who may call with a document: the parent instance's role, which is trusted with nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from keypolicy.findings import RECIPIENT_ACTIONS, REWRITING, Problem
+from keypolicy.operators import covers_action
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from keypolicy.callers import Caller
+    from keypolicy.model import Statement
+    from keypolicy.openings import Openings
+
+# What lets an untrusted caller write ciphertexts that the enclave then takes for ours.
+_WRITING: Final = (
+    "kms:Encrypt",
+    "kms:ReEncryptTo",
+    "kms:GenerateDataKey",
+    "kms:GenerateDataKeyPair",
+)
+
+
+class Parents:
+    """Who may call with a document, which is the parent instance: it is not trusted.
+
+    They are the principals of the Allows that rest on a document, and of those that a Deny makes
+    rest on one. Of the latter, one that may also rewrite the policy is an administrator's, unless
+    it is all that there is.
+    """
+
+    def __init__(self, openings: Openings) -> None:
+        self._openings = openings
+        known = openings.documents
+        resting: set[Caller] = set()
+        guarded: set[Caller] = set()
+        wide: set[Caller] = set()
+        for statement in openings.policy.statements:
+            found = {
+                caller
+                for action in RECIPIENT_ACTIONS
+                for caller in openings.opened_to(statement, action, known.any_enclave)
+                if caller.known and not openings.opens_without(statement, action, caller)
+            }
+            if openings.rests_on_document(statement):
+                resting |= found
+            elif covers_action(statement, REWRITING):
+                wide |= found
+            else:
+                guarded |= found
+        self._callers = resting | guarded or wide
+        self._by_name: dict[tuple[str, str], list[Caller]] = {}
+        for caller in self._callers:
+            for name in caller.names():
+                self._by_name.setdefault(name, []).append(caller)
+
+    def check(self, statement: Statement, *, warn: bool) -> Iterator[Problem]:
+        """Find what an Allow lets a parent do that only trusted roles should do."""
+        rewriter = self._who_may(statement, (REWRITING,))
+        if rewriter:
+            problem = (
+                f"allows {REWRITING} to {rewriter.arn}, the parent instance's, which is not "
+                "trusted: it can rewrite this policy"
+            )
+            yield Problem("parent_administers", problem, "allow it to another role")
+        writer = self._who_may(statement, _WRITING) if warn else None
+        if writer:
+            actions = ", ".join(
+                action for action in _WRITING if self._openings.opens_to(statement, action, writer)
+            )
+            problem = (
+                f"allows {actions} to {writer.arn}, the parent instance's, which is not trusted: "
+                "it can put another secret in the place of one"
+            )
+            yield Problem("parent_encrypts", problem, "allow it to another role", warning=True)
+
+    def _who_may(self, statement: Statement, actions: tuple[str, ...]) -> Caller | None:
+        """Return a parent to whom a statement opens one of these actions without a document."""
+        if statement.effect != "Allow":
+            return None
+        covered = [action for action in actions if covers_action(statement, action)]
+        return next(
+            (
+                caller
+                for action in covered
+                for name in self._openings.names(statement)
+                for caller in self._by_name.get(name, ())
+                if self._openings.opens_to(statement, action, caller)
+            ),
+            None,
+        )
