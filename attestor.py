@@ -73,6 +73,7 @@ from attestor_io.reading import Message, is_message, read_head
 from attestor_io.secret_file import Target, open_target
 from attestor_io.shortage import shortage
 from attestor_io.text_options import demand_text
+from attestor_io.urls import redact_urls
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
@@ -1045,7 +1046,8 @@ def _fail(status: int, message: str, *hints: str, notes: Sequence[str] = ()) -> 
 
 def say(kind: str, message: str) -> None:
     """One line on stderr; nothing from outside in it can add lines or steer a terminal."""
-    line = "".join(character if character.isprintable() else " " for character in message)
+    shown = redact_urls(message)
+    line = "".join(character if character.isprintable() else " " for character in shown)
     with contextlib.suppress(OSError):  # a log that is full or gone must not change what happens
         click.echo(f"attestor: {kind}: {line}", err=True)
 

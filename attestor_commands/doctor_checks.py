@@ -19,6 +19,7 @@ import attestor
 from attestor_commands import report
 from attestor_io import errors, names
 from attestor_io.refusal import SKEW_MAX, clock_skew
+from attestor_io.urls import without_query
 from nsm import document, library
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _region(case: Case) -> Finding:
     )
     case.kms.prepare(case.session)
     case.client = case.kms.client(case.session)
-    return Finding(f"{region}, endpoint {case.client.meta.endpoint_url}")
+    return Finding(f"{region}, endpoint {without_query(case.client.meta.endpoint_url)}")
 
 
 def _credentials(case: Case) -> Finding:

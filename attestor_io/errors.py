@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from attestor_io.urls import redact_urls
+
 
 class AttestorError(Exception):
     """Base of every error of attestor's own.
@@ -15,6 +17,10 @@ class AttestorError(Exception):
     def __init__(self, message: str, *hints: str) -> None:
         super().__init__(message)
         self.hints = hints
+
+    def __str__(self) -> str:
+        """The message, without the query of any URL in it: libraries quote what they asked for."""
+        return redact_urls(super().__str__())
 
 
 class InputError(AttestorError):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attestor_io import vsock
 from attestor_io.errors import AttestorError, InputError, RefusedError, UnreachableError
+from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -104,7 +105,8 @@ class _Service:
         found = _URL.fullmatch(url)
         host, port = (found[2] or found[3], int(found[4] or 80)) if found else ("", 0)
         if found is None or not 0 < port < 2**16:
-            raise InputError(f"{ENDPOINT_VARIABLE} {url} is no endpoint, such as http://{_HOST}")
+            shown = without_query(url)
+            raise InputError(f"{ENDPOINT_VARIABLE} {shown} is no endpoint, such as http://{_HOST}")
         return cls(
             found[1], url, lambda timeout: socket.create_connection((host, port), timeout), deadline
         )

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from attestor_io.errors import InputError
+from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +26,7 @@ def parse_endpoint(url: str | None, what: str) -> str | None:
         raise InputError(f"{what} is not https", TLS_HINT)
     if url is not None and not _ENDPOINT.fullmatch(url):
         example = "https://kms.eu-west-1.amazonaws.com"
-        raise InputError(f"{what} {url} is no endpoint, such as {example}")
+        raise InputError(f"{what} {without_query(url)} is no endpoint, such as {example}")
     return url
 
 

@@ -515,6 +515,9 @@ def test_no_name_is_left_behind_exec(
 # -- sources
 
 
+SIGNATURE: Final = "5f6e7d8c"
+
+
 def hostile(environ: Any, start_response: Any) -> Any:
     """Paths of a hostile server."""
     request = Request(environ)
@@ -522,9 +525,12 @@ def hostile(environ: Any, start_response: Any) -> Any:
     if name == "to-nowhere":  # which werkzeug would not send
         start_response("302 Found", [("Location", "https://[bad"), ("Content-Length", "0")])
         return [b""]
-    location = {"to-http": "http://localhost/x", "to-itself": request.url, "to-good": "/good"}.get(
-        name
-    )
+    location = {
+        "to-http": f"http://me:{SIGNATURE}@localhost/x?sig={SIGNATURE}&a= {SIGNATURE}",
+        "to-nobody": f"https://127.0.0.1:1/x?sig={SIGNATURE}",
+        "to-itself": request.url,
+        "to-good": "/good",
+    }.get(name)
     response = Response(b"good", 200)
     if location:
         response = Response(b"", 302, headers={"Location": location})
@@ -569,6 +575,7 @@ def trusting(manifest: Manifest, server: HttpsServer) -> dict[str, str | None]:
         ("500", 5, "HTTP status 500"),
         ("to-http", 6, "which is not https"),
         ("to-nowhere", 6, "which is not https"),
+        ("to-nobody", 5, "Connection refused"),
         ("to-itself", 2, "redirects more than 3 times"),
         ("endless", 2, "longer than 1000 bytes"),
         ("cut", 5, "cannot be read"),
@@ -579,31 +586,36 @@ def trusting(manifest: Manifest, server: HttpsServer) -> dict[str, str | None]:
 def test_a_hostile_web_server(
     manifest: Manifest, server: HttpsServer, path: str, status: int, part: str
 ) -> None:
+    """Whoever has a presigned URL has what it is for, so that no message shows its query."""
     manifest.text += "timeout = 2\n" if path == "slow" else ""
     manifest.secret("a")
     url = f"{server.url}/{path}"
-    manifest.add("file", source=url, target=f"{manifest.run}/f", sha256="0" * 64, max_bytes=1000)
-    refused(
-        manifest,
-        manifest.inject(environment=trusting(manifest, server)),
-        status,
-        part,
-        url if path != "slow" else "",
-    )
+    source = f"{url}?X-Amz-Credential='me'&X-Amz-Signature={SIGNATURE}"
+    manifest.add("file", source=source, target=f"{manifest.run}/f", sha256="0" * 64, max_bytes=1000)
+    run = manifest.inject("--receipt", f"{manifest.run}/r", environment=trusting(manifest, server))
+    refused(manifest, run, status, part, f"{url}?..." if path != "slow" else "")
+    assert SIGNATURE not in run.err
 
 
 def test_a_redirect_to_https_is_followed(manifest: Manifest, server: HttpsServer) -> None:
-    url = f"{server.url}/to-good"
+    url = f"{server.url}/to-good?sig={SIGNATURE}"
     manifest.add("file", source=url, target=f"{manifest.run}/f", unauthenticated=True).secret("a")
-    assert manifest.inject(environment=trusting(manifest, server)) == DONE
+    receipt = f"{manifest.run}/r"
+    assert manifest.inject("--receipt", receipt, environment=trusting(manifest, server)) == DONE
     assert manifest.placed()["f"] == b"good"
+    assert SIGNATURE.encode() not in manifest.placed()["r"]
 
 
 def test_a_web_server_with_a_certificate_of_nobody(manifest: Manifest, server: HttpsServer) -> None:
     manifest.add(
-        "file", source=f"{server.url}/good", target=f"{manifest.run}/f", unauthenticated=True
+        "file",
+        source=f"{server.url}/good?sig={SIGNATURE}",
+        target=f"{manifest.run}/f",
+        unauthenticated=True,
     ).secret("a")
-    refused(manifest, manifest.inject(), 6, "certificate is not valid")
+    run = manifest.inject()
+    refused(manifest, run, 6, "certificate is not valid")
+    assert SIGNATURE not in run.err
 
 
 def test_the_ca_of_the_manifest_for_web_servers_wins(

@@ -30,6 +30,7 @@ from attestor_commands.inject.fields import (
 )
 from attestor_io.errors import InputError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
+from attestor_io.urls import without_query
 from attestor_io.vsock import Address, parse_address
 
 if TYPE_CHECKING:
@@ -308,13 +309,15 @@ def _source(text: str, where: str, variables: _Variables) -> str:
             if text.startswith("http://")
             else "is no absolute path, s3://, https:// or -"
         )
-        raise InputError(f"{where}: source {text} {what}", "a variable may stand only in the path")
+        raise InputError(
+            f"{where}: source {without_query(text)} {what}", "a variable may stand only in the path"
+        )
     source = variables.fill(text, f"{where}: source", in_path=True)
     if source == "-":
         return source
     if source.startswith("/"):
         return _target(source, where, "source")
-    parts = _SOURCE.fullmatch(source)
+    parts, shown = _SOURCE.fullmatch(source), without_query(source)
     known = _BUCKET if source.startswith("s3") else _HOST
     if (
         parts is None
@@ -322,10 +325,10 @@ def _source(text: str, where: str, variables: _Variables) -> str:
         or (known is _BUCKET and (parts[4] or len(parts[3]) < 2))
     ):
         raise InputError(
-            f"{where}: source {source} names no {'object' if known is _BUCKET else 'host and path'}"
+            f"{where}: source {shown} names no {'object' if known is _BUCKET else 'host and path'}"
         )
     if {".", ".."} & set(parts[3].split("/")) or not source.isprintable() or " " in source:
-        raise InputError(f"{where}: source {source} is not in its shortest form")
+        raise InputError(f"{where}: source {shown} is not in its shortest form")
     return source
 
 

@@ -30,6 +30,7 @@ from attestor_commands.inject.sources import Sources, Stream
 from attestor_commands.placement import Placement
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, UnreachableError
 from attestor_io.reading import Message, is_message, read_bounded
+from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -227,11 +228,10 @@ class _Injector:
             size += len(piece)
             self._placement.append(target, piece)
         if size == 0:
-            raise InputError(f"source {entry.source} is empty")
+            raise InputError(f"source {without_query(entry.source)} is empty")
         if entry.sha256 not in {None, digest.hexdigest()}:
-            raise NotAuthenticError(
-                f"source {entry.source} has SHA-256 {digest.hexdigest()}, expected {entry.sha256}"
-            )
+            found = f"{digest.hexdigest()}, expected {entry.sha256}"
+            raise NotAuthenticError(f"source {without_query(entry.source)} has SHA-256 {found}")
         return _Outcome(size)
 
 

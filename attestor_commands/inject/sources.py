@@ -18,6 +18,7 @@ from attestor_io.errors import (
     RefusedError,
     UnreachableError,
 )
+from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,7 @@ class Sources:
         """The stream of a source as the manifest names it: a path, "-", s3://BUCKET/KEY or
         https://.
         """
-        what = "standard input" if source == "-" else source
+        what = "standard input" if source == "-" else without_query(source)
         with contextlib.ExitStack() as opened:
             with _translated(what):
                 raw = opened.enter_context(self._open(source))
@@ -196,7 +197,7 @@ def _https_url(base: str, location: str) -> str:
     except ValueError:  # such as a host that begins like an IPv6 address
         secure, url = False, location
     if not secure:
-        raise NotAuthenticError(f"it redirects to {url!r}, which is not https")
+        raise NotAuthenticError(f"it redirects to {without_query(url)!r}, which is not https")
     return url
 
 
