@@ -58,7 +58,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeVar
 import click
 
 from attestor_io import kms_errors, names, signals
-from attestor_io.background import IdleWorker, run_in_background
+from attestor_io.background import IdleWorker
+from attestor_io.deadline import Deadline
 from attestor_io.errors import (
     AttestorError,
     EnvelopeError,
@@ -423,12 +424,12 @@ class Recipient:
         with contextlib.suppress(FutureTimeoutError):
             self._key.exception(timeout)
 
-    def wait_for_module(self, timeout: float) -> None:
+    def wait_for_module(self, deadline: Deadline) -> None:
         """Return once the module has answered; it comes before credentials and network."""
         try:
-            self._answered.result(timeout)
+            self._answered.result(deadline.left)
         except FutureTimeoutError:
-            reason = f"the Nitro Secure Module does not answer within {timeout:g} seconds"
+            reason = f"the Nitro Secure Module does not answer within {deadline.seconds:g} seconds"
             raise ModuleError(reason) from None
 
     def document(self) -> bytes:
@@ -646,14 +647,14 @@ def _unwrap_answer(
 
 @dataclass(frozen=True, slots=True)
 class Kms:
-    """KMS as one command meets it; `timeout` is in seconds for a whole call, retries included.
+    """KMS as one command meets it; `deadline` is that of the command, for all of its calls.
 
     `vsock` and `imds_vsock` carry the connections to KMS and to the metadata service.
     """
 
     region: str
     endpoint_url: str | None
-    timeout: float
+    deadline: Deadline
     vsock: Address | None = None
     imds_vsock: Address | None = None
     ca_bundle: str | None = None
@@ -664,7 +665,7 @@ class Kms:
         key_id: str | None,
         region: str | None,
         endpoint_url: str | None,
-        timeout: float,
+        deadline: Deadline,
         vsock: Address | None = None,
         imds_vsock: Address | None = None,
         ca_bundle: str | None = None,
@@ -676,9 +677,9 @@ class Kms:
         if imds_vsock and not (region or names.tells_region(key_id, os.environ)):
             from attestor_io import metadata
 
-            region = metadata.region(imds_vsock)
+            region = metadata.region(imds_vsock, deadline)
         region = names.resolve_region(region, key_id, os.environ)
-        return cls(region, endpoint_url, timeout, vsock, imds_vsock, ca_bundle)
+        return cls(region, endpoint_url, deadline, vsock, imds_vsock, ca_bundle)
 
     def call(self, operation: str, **parameters: object) -> dict[str, Any]:
         """Call an operation ("decrypt") of the attested client; raises only errors of ours."""
@@ -686,23 +687,16 @@ class Kms:
         import botocore.config
         import botocore.session
 
-        deadline = time.monotonic() + self.timeout
-        recipient.wait_for_module(self.timeout)
+        recipient.wait_for_module(self.deadline)
         session = botocore.session.Session()
-        return call_with_deadline(
-            lambda: self._call(session, operation, parameters, attest=True),
-            deadline - time.monotonic(),
-            self.timeout,
-        )
+        return self.deadline.call(lambda: self._call(session, operation, parameters, attest=True))
 
     def call_unattested(self, operation: str, **parameters: object) -> dict[str, Any]:
         """The same without a Recipient, for an operation that has none."""
         import botocore.session
 
         session = botocore.session.Session()
-        return call_with_deadline(
-            lambda: self._call(session, operation, parameters, attest=False), self.timeout
-        )
+        return self.deadline.call(lambda: self._call(session, operation, parameters, attest=False))
 
     def _call(
         self, session: Any, operation: str, parameters: Mapping[str, object], *, attest: bool
@@ -736,7 +730,7 @@ class Kms:
 
         from botocore.config import Config
 
-        attempt = min(ATTEMPT_TIMEOUT, self.timeout)
+        attempt = min(ATTEMPT_TIMEOUT, self.deadline.seconds)
         with _configuration_errors_translated():
             client = session.create_client(
                 "kms",
@@ -755,17 +749,6 @@ class Kms:
         log.info("KMS at %s", client.meta.endpoint_url)
         _require_authenticated(client._endpoint)
         return client
-
-
-def call_with_deadline(work: Callable[[], _T], left: float, timeout: float | None = None) -> _T:
-    """Return what `work` gives within the seconds that are `left`; `timeout` is for the message.
-
-    Raises UnreachableError after that; the work goes on in its thread, with nobody to hear of it.
-    """
-    try:
-        return run_in_background(work).result(left)
-    except FutureTimeoutError:
-        raise UnreachableError(f"no answer of KMS within {timeout or left:g} seconds") from None
 
 
 def check_credentials(session: Any) -> None:
@@ -875,14 +858,16 @@ def _sent_pcrs() -> Mapping[int, bytes]:
 # --------------------------------------------------------------------------------- edges: the input
 
 
-def read_ciphertext(path: str, *, base64_text: bool, message: bool = False) -> bytes | Message:
+def read_ciphertext(
+    path: str, deadline: Deadline, *, base64_text: bool, message: bool = False
+) -> bytes | Message:
     """Read a CiphertextBlob, 1 to 6144 bytes, from a file or ("-") from standard input.
 
     With `message`, a message of the AWS Encryption SDK is returned as the open stream that it is.
     """
     what = "standard input" if path == "-" else path
     limit = 2 * CIPHERTEXT_MAX if base64_text else CIPHERTEXT_MAX
-    head, rest = read_head(path, limit + 1, f"ciphertext {what}")
+    head, rest = read_head(path, limit + 1, f"ciphertext {what}", deadline)
     if message and not base64_text and is_message(head):
         return Message(head, rest)
     rest.close()
@@ -1076,15 +1061,15 @@ def _set_library(_context: click.Context, _option: click.Parameter, path: str | 
         os.environ["NSM_LIBRARY"] = path
 
 
-def parse_timeout(_context: click.Context, _option: click.Parameter, text: str) -> float:
-    """A number of seconds as an option's value; raises InputError."""
+def parse_timeout(_context: click.Context, _option: click.Parameter, text: str) -> Deadline:
+    """The deadline of a command, from now on, as an option's value; raises InputError."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= 86400:
         raise InputError("--timeout wants a number of seconds, more than 0 and at most 86400")
-    return seconds
+    return Deadline(seconds)
 
 
 def _parse_endpoint(_context: click.Context, _option: click.Parameter, url: str | None) -> Any:
@@ -1177,10 +1162,11 @@ KMS_OPTIONS: Final[Mapping[str, _Decorator]] = {
     ),
     "timeout": click.option(
         "--timeout",
+        "deadline",
         metavar="SECONDS",
         default=f"{DEFAULT_TIMEOUT:g}",
         callback=parse_timeout,
-        help=f"for the whole call, retries included  [default: {DEFAULT_TIMEOUT:g}]",
+        help=f"for everything, retries included  [default: {DEFAULT_TIMEOUT:g}]",
     ),
 }
 VSOCK_OPTIONS: Final[Mapping[str, _Decorator]] = {
@@ -1281,7 +1267,7 @@ def decrypt(
     _check_key_options(key_id, any_key=any_key, algorithm=algorithm)
     kms = Kms.connect(key_id, **connection)
     symmetric = algorithm in {None, "SYMMETRIC_DEFAULT"}
-    blob = read_ciphertext(ciphertext, base64_text=base64_text, message=symmetric)
+    blob = read_ciphertext(ciphertext, kms.deadline, base64_text=base64_text, message=symmetric)
     if (signed or context_contains) and not isinstance(blob, Message):
         option = "--signed" if signed else "--context-contains"
         raise InputError(f"{option} is of messages of the AWS Encryption SDK, this is none")

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import attestor
 from attestor_commands import report
 from attestor_io import errors, names
+from attestor_io.deadline import Deadline
 from attestor_io.refusal import SKEW_MAX, clock_skew
 from attestor_io.urls import without_query
 from nsm import document, library
@@ -59,7 +60,7 @@ class Case:
     context: Mapping[str, str] = field(default_factory=dict)
     grant_tokens: tuple[str, ...] = ()
     endpoint_url: str | None = None
-    timeout: float = attestor.DEFAULT_TIMEOUT
+    deadline: Deadline = field(default_factory=lambda: Deadline(attestor.DEFAULT_TIMEOUT))
     vsock: tuple[int, int] | None = None
     imds_vsock: tuple[int, int] | None = None
     ca_bundle: str | None = None
@@ -77,7 +78,7 @@ class Case:
     @property
     def patience(self) -> float:
         """Seconds for one step."""
-        return min(attestor.ATTEMPT_TIMEOUT, self.timeout)
+        return min(attestor.ATTEMPT_TIMEOUT, max(self.deadline.left, 0.001))  # 0 is no blocking
 
     @property
     def where(self) -> tuple[str, int]:
@@ -217,7 +218,7 @@ def _region(case: Case) -> Finding:
     case.kms = attestor.Kms(
         region,
         case.endpoint_url,
-        case.timeout,
+        case.deadline,
         case.vsock,
         imds_vsock=case.imds_vsock,
         ca_bundle=case.ca_bundle,
@@ -230,7 +231,7 @@ def _region(case: Case) -> Finding:
 def _credentials(case: Case) -> Finding:
     """They are there, and do not expire soon; whether KMS takes them, only KMS can tell."""
     _need(case.client, "region")
-    attestor.call_with_deadline(lambda: attestor.check_credentials(case.session), case.timeout)
+    case.deadline.call(lambda: attestor.check_credentials(case.session))
     credentials = case.session.get_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
     if expiry is None:
@@ -250,8 +251,8 @@ def _name(case: Case) -> Finding:
         host, port = proxy.hostname or "", proxy.port or 80
     hint = "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock"
     try:
-        found = attestor.call_with_deadline(
-            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), case.patience
+        found = case.deadline.within(case.patience).call(
+            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), "no answer"
         )
     except (OSError, UnicodeError, errors.UnreachableError) as error:
         raise errors.UnreachableError(f"name {host} cannot be resolved: {error}", hint) from error

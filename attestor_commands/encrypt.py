@@ -52,7 +52,7 @@ def encrypt(
     if key_id is None:
         raise InputError("no key", "--key-id names it")
     kms = Kms.connect(key_id, **connection)
-    head, rest = read_head(plaintext, PLAINTEXT_MAX + 1, f"plaintext {plaintext}")
+    head, rest = read_head(plaintext, PLAINTEXT_MAX + 1, f"plaintext {plaintext}", kms.deadline)
     too_long = len(head) > PLAINTEXT_MAX
     if not head:
         raise InputError(f"plaintext {plaintext} is empty")

@@ -10,6 +10,7 @@ from attestor import parse_timeout, parse_vsock
 from attestor_commands.report import print_report
 
 if TYPE_CHECKING:
+    from attestor_io.deadline import Deadline
     from attestor_io.vsock import Address
 
 
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--timeout",
+    "deadline",
     metavar="SECONDS",
     default="10",
     callback=parse_timeout,
     help="for everything, retries included  [default: 10]",
 )
-def metadata(path: str, imds_vsock: Address | None, timeout: float) -> None:
+def metadata(path: str, imds_vsock: Address | None, deadline: Deadline) -> None:
     """Print one value of the instance metadata service (version 2).
 
     \b
@@ -43,5 +45,5 @@ def metadata(path: str, imds_vsock: Address | None, timeout: float) -> None:
     """
     from attestor_io.metadata import fetch
 
-    value = fetch(path, imds_vsock, timeout)
+    value = fetch(path, imds_vsock, deadline)
     print_report({}, lambda _: value, as_json=False)

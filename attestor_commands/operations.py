@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
+    from attestor_io.deadline import Deadline
+
 _KEY_SIZES: Final[Mapping[str, int]] = {"AES_256": 32, "AES_128": 16}  # DataKeySpec, KMS API
 _PAIR_SPECS: Final = (  # DataKeyPairSpec, same place
     "RSA_2048 RSA_3072 RSA_4096 ECC_NIST_P256 ECC_NIST_P384 ECC_NIST_P521 ECC_SECG_P256K1 SM2 "
@@ -188,7 +190,7 @@ def derive_shared_secret(
     PEER is a SubjectPublicKeyInfo in PEM or DER. OUTPUT gets the raw shared secret of ECDH (the x
     coordinate), which wants a key derivation function before it is a key; "-" is standard output.
     """
-    public_key = _read_public_key(peer)
+    public_key = _read_public_key(peer, connection["deadline"])
     kms = _connect(**connection)
     with open_target(output, force=force) as target:
         answer = kms.call(
@@ -248,9 +250,9 @@ def _to_pem(der: bytes, label: str) -> bytes:
     )
 
 
-def _read_public_key(path: str) -> bytes:
+def _read_public_key(path: str, deadline: Deadline) -> bytes:
     """A DER SubjectPublicKeyInfo of at most 8192 bytes, from DER or PEM; KMS checks its key."""
-    data = read_bounded(path, 2 * _PUBLIC_KEY_MAX, f"public key {path}")
+    data = read_bounded(path, 2 * _PUBLIC_KEY_MAX, f"public key {path}", deadline)
     if found := _PEM.fullmatch(data):
         with contextlib.suppress(ValueError):
             data = base64.b64decode(b"".join(found[1].split()), validate=True)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import os
 import re
 import socket
 import time
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any, Final
 
 from attestor_io import vsock
+from attestor_io.deadline import Deadline
 from attestor_io.errors import AttestorError, InputError, RefusedError, UnreachableError
 from attestor_io.urls import without_query
 
@@ -51,16 +54,17 @@ _ENABLE: Final = (
 )
 
 
-def fetch(path: str, address: Address | None = None, timeout: float = TIMEOUT) -> str:
+def fetch(path: str, address: Address | None = None, deadline: Deadline | None = None) -> str:
     """The value at a path below latest/meta-data/, at most 16 KiB of text in one line.
 
     `address` is where vsock leads to the service; without one it is
-    $AWS_EC2_METADATA_SERVICE_ENDPOINT or the usual address, never through a proxy. `timeout` is in
-    seconds for everything. Raises InputError for a path or endpoint that cannot be, or a path that
-    leads to credentials; UnreachableError; RefusedError when trying again is useless.
+    $AWS_EC2_METADATA_SERVICE_ENDPOINT or the usual address, never through a proxy. `deadline` is
+    for everything, the name of an endpoint included. Raises InputError for a path or endpoint that
+    cannot be, or a path that leads to credentials; UnreachableError; RefusedError when trying again
+    is useless.
     """
     _check_path(path)
-    service = _Service.at(address, os.environ, time.monotonic() + timeout)
+    service = _Service.at(address, os.environ, deadline or Deadline(TIMEOUT))
     token = service.ask(
         "PUT", "/latest/api/token", f"{_HEADER}-ttl-seconds: 60\r\nContent-Length: 0", "a token"
     )
@@ -69,14 +73,14 @@ def fetch(path: str, address: Address | None = None, timeout: float = TIMEOUT) -
     return service.ask("GET", f"/latest/meta-data/{path}", f"{_HEADER}: {token}", path)
 
 
-def region(address: Address | None = None) -> str:
+def region(address: Address | None = None, deadline: Deadline | None = None) -> str:
     """The region that the metadata service names; the parent's claim, as all of it."""
-    return fetch("placement/region", address)
+    return fetch("placement/region", address, deadline and deadline.within(TIMEOUT))
 
 
-def tag(name: str, address: Address | None = None) -> str:
+def tag(name: str, address: Address | None = None, deadline: Deadline | None = None) -> str:
     """An instance tag; the metadata service has them only if the instance's options allow it."""
-    return fetch(_TAGS + name, address)
+    return fetch(_TAGS + name, address, deadline and deadline.within(TIMEOUT))
 
 
 def _check_path(path: str) -> None:
@@ -88,14 +92,14 @@ def _check_path(path: str) -> None:
 
 
 class _Service:
-    """The service behind one way to it; `deadline` is on the monotonic clock."""
+    """The service behind one way to it."""
 
-    def __init__(self, host: str, where: str, dial: Dial, deadline: float) -> None:
+    def __init__(self, host: str, where: str, dial: Dial, deadline: Deadline) -> None:
         self._host, self._where, self._dial, self._deadline = host, where, dial, deadline
 
     @classmethod
     def at(
-        cls, address: Address | None, environment: Mapping[str, str], deadline: float
+        cls, address: Address | None, environment: Mapping[str, str], deadline: Deadline
     ) -> _Service:
         """The service at a vsock address, or where the environment says."""
         if address:
@@ -107,9 +111,7 @@ class _Service:
         if found is None or not 0 < port < 2**16:
             shown = without_query(url)
             raise InputError(f"{ENDPOINT_VARIABLE} {shown} is no endpoint, such as http://{_HOST}")
-        return cls(
-            found[1], url, lambda timeout: socket.create_connection((host, port), timeout), deadline
-        )
+        return cls(found[1], url, partial(_dial, host, port, deadline), deadline)
 
     def ask(self, method: str, path: str, header: str, what: str) -> str:
         """The body of an answer with status 200, tried again while that may help; `what` is for
@@ -120,7 +122,7 @@ class _Service:
             try:
                 return self._ask(method, path, header, what)
             except UnreachableError:
-                if not pauses or time.monotonic() + pauses[0] >= self._deadline:
+                if not pauses or pauses[0] >= self._deadline.left:
                     raise
                 time.sleep(pauses.pop(0))
 
@@ -177,7 +179,7 @@ class _Bounded(io.RawIOBase):
     bytes.
     """
 
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._connection, self._deadline, self._count = connection, deadline, 0
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -198,12 +200,25 @@ class _Bounded(io.RawIOBase):
         return count
 
 
-def _left(deadline: float) -> float:
+def _left(deadline: Deadline) -> float:
     """Seconds until a deadline that has not passed; raises TimeoutError."""
-    left = deadline - time.monotonic()
-    if left <= 0:
+    if not (left := deadline.left):
         raise TimeoutError
     return left
+
+
+def _dial(host: str, port: int, deadline: Deadline, timeout: float | None) -> socket.socket:
+    """A TCP connection within so many seconds, and the address of a name by the deadline.
+
+    socket.create_connection bounds neither: it resolves for as long as the C library likes, and
+    has the timeout for each address that a name has.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        work = partial(socket.create_connection, (host, port), timeout)
+        return deadline.call(work, f"no connection to the metadata service at {host}")
+    return socket.create_connection((host, port), timeout)
 
 
 def _refusal(status: int, what: str) -> AttestorError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
+from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError
 
 
@@ -43,24 +45,81 @@ def is_message(head: bytes) -> bool:
     return head[:2] == b"\x01\x80" or head[:3] in {b"\x02\x04\x78", b"\x02\x05\x78"}
 
 
-def read_bounded(path: str, limit: int, what: str) -> bytes:
-    """At most so many bytes of a file or ("-") of standard input; raises InputError, which says
-    `what` it is.
+def read_bounded(path: str, limit: int, what: str, deadline: Deadline | None = None) -> bytes:
+    """At most so many bytes of a file or ("-") of standard input.
+
+    Raises InputError, which says `what` it is, and UnreachableError if they are not there by the
+    deadline.
     """
-    head, source = read_head(path, limit, what)
+    head, source = read_head(path, limit, what, deadline)
     source.close()
     return head
 
 
-def read_head(path: str, limit: int, what: str) -> tuple[bytes, IO[bytes]]:
-    """The first bytes, and the stream behind them, which stays open while somebody holds it."""
+def read_head(
+    path: str, limit: int, what: str, deadline: Deadline | None = None
+) -> tuple[bytes, IO[bytes]]:
+    """The first bytes, and the stream behind them, which stays open while somebody holds it.
+
+    The first bytes must be there by the deadline. Behind them each silence may last as long, since
+    a message of the AWS Encryption SDK has any length. Raises as `read_bounded` does.
+    """
     try:
-        descriptor = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        source = open(descriptor, "rb", closefd=path != "-")  # noqa: SIM115 - the caller reads on
+        # O_NONBLOCK: a FIFO without a writer would block here already; _Patient waits instead
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if deadline else 0)
+        raw = _Patient(0 if path == "-" else os.open(path, flags), path != "-", what, deadline)
+        source = io.BufferedReader(raw)
         head: bytes | None = source.read(limit)
+        raw.start_over()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
         raise InputError(f"{what} cannot be read: {reason}") from error
     if head is None:
         raise InputError(f"{what} cannot be read: it would block")
     return head, source
+
+
+class _Patient(io.FileIO):
+    """A file, FIFO or terminal, each read of which waits until there is something, or a deadline.
+
+    Without one a read waits as it would anyway.
+    """
+
+    def __init__(self, descriptor: int, closes: bool, what: str, deadline: Deadline | None) -> None:
+        super().__init__(descriptor, "rb", closefd=closes)
+        self._what, self._deadline, self._patience = what, deadline, 0.0
+
+    def start_over(self) -> None:
+        """Give each further read as many seconds as all before had together."""
+        self._patience = self._deadline.seconds if self._deadline else 0.0
+        self._deadline = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what is there, at least a byte unless it has ended."""
+        deadline = self._deadline or (Deadline(self._patience) if self._patience else None)
+        while True:
+            if deadline is not None:
+                self._wait(deadline)
+            count: int | None = super().readinto(buffer)
+            if count is not None or deadline is None:
+                return count  # None: somebody else took it, or it would block
+
+    def readall(self) -> bytes:
+        """Read to the end."""
+        parts = []
+        part = bytearray(1 << 16)
+        while count := self.readinto(part):
+            parts.append(bytes(part[:count]))
+        return b"".join(parts)
+
+    def _wait(self, deadline: Deadline) -> None:
+        """Return once a read would not block, which also the end is; raises UnreachableError.
+
+        poll(2) waits for the first writer of a FIFO: it tells a hang-up only after there was one.
+        """
+        import select
+
+        waiting = select.poll()
+        waiting.register(self.fileno(), select.POLLIN)
+        if not waiting.poll(max(1, round(deadline.left * 1000))):
+            raise deadline.passed(f"{self._what} cannot be read: nothing came")

@@ -15,6 +15,7 @@ import pytest
 import attestor
 from attestor_commands import doctor_checks as doctor
 from attestor_commands.report import WIDTH
+from attestor_io.deadline import Deadline
 from nsm.document import AWS_ROOT_G1_SHA256
 from tests.conftest import ROOT
 from tests.test_evidence import refused
@@ -313,7 +314,7 @@ def test_a_document_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kms_that_ignores_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    kms = attestor.Kms("eu-west-1", None, 1)
+    kms = attestor.Kms("eu-west-1", None, Deadline(1))
     monkeypatch.setattr(attestor.Kms, "call", lambda *_, **__: {})
     with pytest.raises(attestor.NotAuthenticError, match="answered a dry run"):
         doctor._attested_call(doctor.Case(kms=kms, key_id="alias/x"))

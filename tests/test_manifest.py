@@ -17,6 +17,8 @@ from attestor_commands.inject.manifest import ENTRIES_MAX, Entry, Manifest, pars
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from attestor_io.deadline import Deadline
+
 ARN: Final = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 TOP: Final = f'region = "eu-west-1"\nkey_id = "{ARN}"\n'
 SECRET: Final = '[[secret]]\nsource = "/in/a"\ntarget = "/out/a"\ncontext = {node = "3"}\n'
@@ -85,7 +87,11 @@ sha256 = "{"0" * 64}"
     )
     assert (first.key_id, first.mode, first.owner, first.base64) == (ARN, 0o600, (-1, -1), False)
     assert (second.kind, second.sha256) == ("file", "0" * 64)
-    assert (manifest.timeout, manifest.concurrency, manifest.pass_credentials) == (60.0, 3, False)
+    assert (manifest.deadline.seconds, manifest.concurrency, manifest.pass_credentials) == (
+        60.0,
+        3,
+        False,
+    )
 
 
 def test_everything_a_manifest_may_say() -> None:
@@ -122,7 +128,11 @@ context_contains = true
         (3, 8001),
         (3, 8002),
     )
-    assert (manifest.timeout, manifest.concurrency, manifest.pass_credentials) == (30.0, 2, True)
+    assert (manifest.deadline.seconds, manifest.concurrency, manifest.pass_credentials) == (
+        30.0,
+        2,
+        True,
+    )
     assert (manifest.ca_bundle, manifest.https_ca_bundle) == ("/etc/ca.pem", "/etc/web.pem")
     entry = only(manifest)
     assert (entry.mode, entry.owner) == (0o644, (os.getuid(), os.getgid()))
@@ -338,7 +348,7 @@ def test_a_tag_is_asked_for_where_the_manifest_says_or_the_caller(
 ) -> None:
     asked: list[tuple[str, tuple[int, int] | None]] = []
 
-    def tag(name: str, address: tuple[int, int] | None) -> str:
+    def tag(name: str, address: tuple[int, int] | None, _deadline: Deadline) -> str:
         asked.append((name, address))
         return "3"
 

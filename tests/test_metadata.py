@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from attestor import AttestorError, InputError, RefusedError, UnreachableError
 from attestor_io import metadata, vsock
+from attestor_io.deadline import Deadline
 from nitrosim.metadata import MetadataService
 from nitrosim.server import HttpServer
 from tests.conftest import Run
@@ -116,7 +117,7 @@ def service(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpS
 def test_region_and_tags(service: HttpServer) -> None:
     assert metadata.region() == "eu-west-1"
     assert metadata.tag("mpa-node") == "3"
-    assert metadata.fetch("instance-id", timeout=5) == "i-0123456789abcdef0"
+    assert metadata.fetch("instance-id", deadline=Deadline(5)) == "i-0123456789abcdef0"
 
 
 def test_the_requests(answers: Callable[..., Hostile]) -> None:
@@ -244,7 +245,7 @@ def test_a_hostile_answer(answers: Callable[..., Hostile], name: str, which: str
     answers(*([answer] if which == "token" else [TOKEN, answer]))
     start = time.monotonic()
     with pytest.raises(AttestorError) as caught:
-        metadata.fetch("placement/region", timeout=0.5 if answer is None else 10)
+        metadata.fetch("placement/region", deadline=Deadline(0.5 if answer is None else 10))
     assert type(caught.value) is (UnreachableError if name in UNREACHABLE else RefusedError), (
         caught.value
     )
@@ -286,7 +287,7 @@ def test_a_service_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
             metadata.ENDPOINT_VARIABLE, f"http://127.0.0.1:{listener.getsockname()[1]}"
         )
         with pytest.raises(UnreachableError, match="in time"):
-            metadata.fetch("placement/region", timeout=0.2)
+            metadata.fetch("placement/region", deadline=Deadline(0.2))
 
 
 def test_a_tag_that_is_not_there(service: HttpServer) -> None:

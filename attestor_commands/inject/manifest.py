@@ -28,6 +28,7 @@ from attestor_commands.inject.fields import (
     check_table,
     nearest,
 )
+from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
 from attestor_io.urls import without_query
@@ -93,7 +94,7 @@ class Manifest:
     vsock: Address | None
     imds_vsock: Address | None
     s3_vsock: Address | None
-    timeout: float
+    deadline: Deadline
     concurrency: int
     pass_credentials: bool
 
@@ -116,11 +117,14 @@ def parse(
     except (ValueError, RecursionError) as error:
         raise InputError(f"manifest is not TOML: {error}") from error
     check_table(table, TOP_FIELDS, "manifest")
+    deadline = Deadline(float(table.get("timeout", 60)))
     ways = {
         name: addresses.get(name) or _address(table, name)
         for name in ("vsock", "imds_vsock", "s3_vsock")
     }
-    variables = _Variables(table.get("variables", {}), given, environment, ways["imds_vsock"])
+    variables = _Variables(
+        table.get("variables", {}), given, environment, ways["imds_vsock"], deadline
+    )
     entries = [
         _secret(number, one, table, variables)
         for number, one in enumerate(table.get("secret", []), 1)
@@ -137,7 +141,7 @@ def parse(
         ca_bundle=table.get("ca_bundle"),
         https_ca_bundle=table.get("https_ca_bundle"),
         **ways,
-        timeout=float(table.get("timeout", 60)),
+        deadline=deadline,
         concurrency=table.get("concurrency", CONCURRENCY),
         pass_credentials=table.get("pass_credentials", False),
     )
@@ -158,6 +162,7 @@ class _Variables:
         given: Mapping[str, str],
         environment: Mapping[str, str],
         imds_vsock: Address | None,
+        deadline: Deadline,
     ) -> None:
         for name in given:
             if name not in declared:
@@ -174,7 +179,7 @@ class _Variables:
             pattern, tag = _declaration(name, declaration)
             value = given.get(name, environment.get(name))
             if value is None and tag is not None:
-                value = instance_tag(tag, imds_vsock)
+                value = instance_tag(tag, imds_vsock, deadline)
             self._values[name] = value
             if value is not None and not _matches(pattern, value, name):
                 raise InputError(f"value of variable {name} does not match {pattern}")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attestor import (
     CIPHERTEXT_MAX,
+    DEFAULT_TIMEOUT,
     Kms,
     attested,
-    call_with_deadline,
     check_ciphertext,
     drop_unset,
     errors_translated,
@@ -28,7 +28,8 @@ from attestor_commands.inject.manifest import MANIFEST_MAX, Entry, Manifest, par
 from attestor_commands.inject.program import execute, find_program
 from attestor_commands.inject.sources import Sources, Stream
 from attestor_commands.placement import Placement
-from attestor_io.errors import AttestorError, InputError, NotAuthenticError, UnreachableError
+from attestor_io.deadline import Deadline
+from attestor_io.errors import AttestorError, InputError, NotAuthenticError
 from attestor_io.reading import Message, is_message, read_bounded
 from attestor_io.urls import without_query
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from attestor_io.vsock import Address
     from nsm.document import AttestationDocument
 
+_SILENT: Final = "no document of the Nitro Secure Module"
 _CHUNK: Final = 1 << 20
 _MANY: Final = 10  # entries, from which on a terminal shows progress
 _LARGE: Final = 8 << 20  # bytes, the same
@@ -67,7 +69,9 @@ def inject(
     `addresses` of vsock, imds_vsock and s3_vsock win over the manifest's. Raises an AttestorError,
     and then nothing that this run placed is left; ProgramError for the program itself.
     """
-    text = read_bounded(manifest_file, MANIFEST_MAX + 1, f"manifest {manifest_file}")
+    text = read_bounded(
+        manifest_file, MANIFEST_MAX + 1, f"manifest {manifest_file}", Deadline(DEFAULT_TIMEOUT)
+    )
     if len(text) > MANIFEST_MAX:
         raise InputError(f"manifest {manifest_file} is longer than {MANIFEST_MAX} bytes")
     manifest = parse(text, settings, os.environ, addresses)
@@ -87,7 +91,7 @@ def inject(
         receipt_file = placement.add(receipt, force=force) if receipt is not None else None
         injector = _Injector(manifest, kms, placement)
         # what a receipt says of this enclave is read before anything is asked of KMS
-        document = _own_document() if receipt_file is not None else None
+        document = kms.deadline.call(_own_document, _SILENT) if receipt_file is not None else None
         outcomes = injector.run(targets)
         if receipt_file is not None and document is not None:
             receipt_file.append(_receipt(manifest, outcomes, document))
@@ -110,7 +114,7 @@ def _kms(manifest: Manifest) -> Kms:
         key_id,
         manifest.region,
         manifest.endpoint_url,
-        manifest.timeout,
+        manifest.deadline,
         manifest.vsock,
         manifest.imds_vsock,
         manifest.ca_bundle,
@@ -126,9 +130,9 @@ class _Injector:
         recipient = process_recipient()
         import botocore.session
 
-        recipient.wait_for_module(kms.timeout)
+        recipient.wait_for_module(kms.deadline)
         self._session = botocore.session.Session()
-        self._client = call_with_deadline(self._made_client(kms), kms.timeout)
+        self._client = kms.deadline.call(self._made_client(kms))
         self._sources = Sources(
             self._session,
             kms.region,
@@ -152,11 +156,11 @@ class _Injector:
             for entry, target in zip(self._manifest.entries, targets, strict=True)
         ]
         try:
-            for future in as_completed(work, self._manifest.timeout):
+            for future in as_completed(work, self._manifest.deadline.left):
                 future.result()
                 self._progress.count()
         except TimeoutError:
-            raise UnreachableError(f"not done within {self._manifest.timeout:g} seconds") from None
+            raise self._manifest.deadline.passed("not done") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             self._progress.end()
