@@ -82,7 +82,10 @@ def _dropped_by_execve(files: Sequence[SecretFile]) -> Iterator[None]:
     this process has no code of its own left. A helper waits at a pipe, whose other end execve
     closes.
     """
-    if not files:
+    if os.getpid() == 1:  # a helper would be its child, and be killed with it; if execve fails, all
+        for file in files:  # that it could keep what was replaced for ends with process 1
+            file.drop_replaced()
+    if not files or os.getpid() == 1:
         yield
         return
     try:
@@ -93,20 +96,25 @@ def _dropped_by_execve(files: Sequence[SecretFile]) -> Iterator[None]:
     if helper == 0:
         _help(files, reader, writer)
     os.close(reader)
-    os.waitpid(helper, 0)
+    if os.waitpid(helper, 0)[1]:
+        os.close(writer)
+        raise OutputError("what is replaced cannot be removed: no process for it can be started")
     try:
         yield
     finally:
-        os.write(writer, b"x")  # execve failed
+        with contextlib.suppress(OSError):
+            os.write(writer, b"x")  # execve failed
         os.close(writer)
 
 
 def _help(files: Sequence[SecretFile], reader: int, writer: int) -> NoReturn:
     """Wait until execve has closed the pipe, and remove what was replaced."""
+    status = 1
     with contextlib.suppress(BaseException):  # whatever happens: this copy has nothing else to do
         if os.fork() == 0:  # the program shall have no child that it does not know
             os.close(writer)
             if not os.read(reader, 1):
                 for file in files:  # nothing can be taken back any more: whatever can go, goes
                     file.close()
-    os._exit(0)
+        status = 0
+    os._exit(status)

@@ -13,12 +13,17 @@ import _signal  # type: ignore[import-not-found]
 _ENDING = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGTERM)
 
 
-def taken_signals() -> set[int]:
-    """SIGHUP, SIGINT and SIGTERM, but for those that whoever started us ignores (nohup).
+_inherited: set[int] | None = None
 
-    A blocked signal is queued even if it is ignored, so an ignored one must not be waited for.
+
+def taken_signals() -> set[int]:
+    """SIGHUP, SIGINT and SIGTERM, but for those that whoever started us ignores or blocks.
+
+    A blocked signal is queued even if it is ignored (nohup), so that an ignored one must not be
+    waited for; and one that was blocked stays so, for the program that `inject` becomes, too.
     """
-    return {number for number in _ENDING if _signal.getsignal(number) != _signal.SIG_IGN}
+    ours = set(_ENDING) - (_inherited or set())
+    return {number for number in ours if _signal.getsignal(number) != _signal.SIG_IGN}
 
 
 def hold() -> None:
@@ -26,6 +31,9 @@ def hold() -> None:
 
     Python's handler of SIGINT gives way to the default, by which the process is to end.
     """
+    global _inherited  # noqa: PLW0603 - the mask of this process, before it was ours
+    if _inherited is None:
+        _inherited = set(_signal.pthread_sigmask(_signal.SIG_BLOCK, ()))
     _signal.pthread_sigmask(_signal.SIG_BLOCK, taken_signals())
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

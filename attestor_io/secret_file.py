@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _HIDDEN: Final = re.compile(r"\.attestor-[0-9a-f]{16}")
+_LOCK_TIMEOUT: Final = 5.0  # seconds
 _RENAME_EXCHANGE: Final = 2  # linux/fs.h
 # open(2): EOPNOTSUPP by a file system without O_TMPFILE, the others by kernels and overlays
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
@@ -118,6 +119,7 @@ class SecretFile:
         folder, self._name = os.path.split(path)
         self._new = self._old = ""  # hidden names: of this file, and of what it replaces
         self._placed = False
+        self._identity = (0, 0)
         self._file = self._folder = -1
         try:
             with self._errors_translated():
@@ -133,18 +135,23 @@ class SecretFile:
         """Find out what can be known before KMS is asked."""
         if self._name in {"", ".", ".."}:
             raise self._unwritable("it names a folder")
-        mode = self._mode_of_target()
+        if _HIDDEN.fullmatch(self._name):
+            raise self._unwritable("such names are attestor's own, and removed by its next run")
+        mode = self._mode_of(self._name)
         if mode and not self._force:
             raise OutputError(f"{self._path} exists", "--force replaces it")
-        if mode and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise OutputError(f"{self._path} is no file that could be replaced")
+        self._check_type(mode)
         if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder, effective_ids=True):
             raise self._unwritable("its folder is not writable")
 
-    def _mode_of_target(self) -> int:
+    def _check_type(self, mode: int) -> None:
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise OutputError(f"{self._path} is no file that could be replaced")
+
+    def _mode_of(self, name: str) -> int:
         """Type and mode of what has the name now; 0 where nothing has it."""
         try:
-            return os.stat(self._name, dir_fd=self._folder, follow_symlinks=False).st_mode
+            return os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_mode
         except FileNotFoundError:
             return 0
 
@@ -191,7 +198,7 @@ class SecretFile:
     def take_name(self) -> None:
         """Give the file its name, durably; what had it before keeps a hidden one."""
         with self._errors_translated():
-            if self._force and self._mode_of_target():
+            if self._force and self._mode_of(self._name):
                 self._replace()
             else:
                 self._link(self._name)
@@ -200,6 +207,9 @@ class SecretFile:
                 os.unlink(self._new, dir_fd=self._folder)
                 self._new = _forget(self._new)
             os.fsync(self._folder)
+            self._identity = _identity(os.fstat(self._file))
+            os.close(self._file)  # a program that is open for writing cannot be executed
+            self._file = -1
 
     def _replace(self) -> None:
         """Swap names with the target, in one step where the file system can."""
@@ -209,6 +219,11 @@ class SecretFile:
             self._new = name
         try:
             _exchange(self._folder, self._new, self._name)
+            try:  # what has come into its place since it was looked at may be a folder
+                self._check_type(self._mode_of(self._new))
+            except BaseException:
+                _exchange(self._folder, self._new, self._name)
+                raise
             self._new, self._old = "", self._new
         except OSError as error:
             if error.errno not in _NO_EXCHANGE:
@@ -234,9 +249,10 @@ class SecretFile:
         self._old = _forget(self._old)  # what was replaced is not lost: it stays under this name
 
     def _has_its_name(self) -> bool:
+        ours = self._identity if self._file < 0 else _identity(os.fstat(self._file))
         with contextlib.suppress(FileNotFoundError):
-            status = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            return os.path.samestat(status, os.fstat(self._file))
+            found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            return _identity(found) == ours
         return False
 
     def drop_replaced(self) -> None:
@@ -330,6 +346,11 @@ _hidden_names: Final[dict[str, int]] = {}
 """The hidden names that this process made, and the folders that they are in."""
 
 
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Device and inode, by which a file is told from others."""
+    return status.st_dev, status.st_ino
+
+
 def _forget(name: str) -> str:
     """Take a name that is gone off the list; returns none, to be kept in its place."""
     _hidden_names.pop(name, None)
@@ -357,22 +378,26 @@ def _remove_leftovers(folder: int) -> None:
     """Remove the hidden names of dead processes from a folder that is held open.
 
     Living ones hold a shared lock on the folder as long as they may have names in it. A folder that
-    cannot be locked (NFS) or listed keeps them.
+    cannot be locked (NFS) or listed keeps them; one that somebody else keeps locked is unusable,
+    since without the lock our own names would be taken for those of the dead: BlockingIOError.
     """
     with contextlib.suppress(OSError):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in filter(_HIDDEN.fullmatch, os.listdir(folder)):
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=folder)
-    for _ in range(20):  # whoever else removes some now is done in no time
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    while True:
         try:
             fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError:  # whoever else removes some now is done in no time
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.01)
         except OSError:
-            break
+            return
         else:
-            break
+            return
 
 
 def _exchange(folder: int, name: str, other: str) -> None:

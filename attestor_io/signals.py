@@ -113,7 +113,9 @@ class SignalOwner:
         while True:
             number = signal.sigwait({*self._signals, _WAKE})
             if number == _WAKE:
-                return
+                if self._handing_over:  # another's may have been pending
+                    return
+                continue
             with self._changed:
                 self._changed.wait_for(lambda: not self._entered or self._handing_over)
                 if self._handing_over:

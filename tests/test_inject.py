@@ -343,7 +343,7 @@ def test_a_kms_that_is_silent_ends_it_in_time(enclaves: Callable[..., Enclave]) 
     manifest = Manifest(enclaves(faults=["hang"]))
     manifest.text += "timeout = 1\n"
     manifest.secret("a").secret("b")
-    refused(manifest, manifest.inject(), 5, "not done within 1 seconds")
+    refused(manifest, manifest.inject(), 5, "within 1 seconds")
 
 
 @pytest.mark.parametrize(
@@ -440,6 +440,74 @@ def last_minute(manifest: Manifest) -> str:
     path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(249))
     path.chmod(0o755)
     return str(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "carriage return"])
+def test_a_program_that_only_looks_like_one(manifest: Manifest, kind: str) -> None:
+    program = manifest.enclave.folder / "program"
+    if kind == "fifo":
+        os.mkfifo(program, 0o755)
+    else:
+        program.write_bytes(b"#!/bin/sh\r\nexit 0\r\n")
+        program.chmod(0o755)
+    manifest.secret("a")
+    run = manifest.inject("-v", "--", str(program))
+    refused(manifest, run, 126, "it is no file" if kind == "fifo" else "is no executable file")
+    assert "KMS" not in run.err
+
+
+def test_a_program_may_be_what_was_placed(manifest: Manifest) -> None:
+    """Nothing holds it open for writing any more when it is executed."""
+    script = b"#!/bin/sh\necho new\n"
+    source = str(manifest.enclave.folder / manifest.enclave.place(script, "source"))
+    target = manifest.run / "app"
+    target.write_bytes(b"#!/bin/sh\necho old\n")
+    target.chmod(0o755)
+    manifest.add(
+        "file",
+        source=source,
+        target=str(target),
+        mode="0700",
+        sha256=hashlib.sha256(script).hexdigest(),
+    )
+    run = manifest.inject("--force", "--", str(target))
+    assert run == Run(0, b"new\n", "")
+
+
+def test_as_process_1_nothing_is_left_and_no_child_is_added(
+    manifest: Manifest, namespaces: None
+) -> None:
+    manifest.secret("a")
+    (manifest.run / "a").write_bytes(b"old")
+    manifest.enclave.place(manifest.text.encode(), "m.toml")
+    unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    command = [sys.executable, "-m", "attestor", "inject", "--force", "m.toml", "--"]
+    shown = ["sh", "-c", "ls -A run; cat /proc/1/task/1/children"]
+    run = manifest.enclave.run(*unshare, *command, *shown)
+    assert run.status == 0, run.err
+    assert run.out.split()[0] == b"a"
+    assert len(run.out.split()) <= 2  # the target, and ls or cat itself
+    assert manifest.placed() == {"a": b"the secret"}
+
+
+def test_a_helper_that_cannot_be_started_is_an_output_that_cannot_be(manifest: Manifest) -> None:
+    manifest.secret("a")
+    (manifest.run / "a").write_bytes(b"old")
+    manifest.enclave.place(manifest.text.encode(), "m.toml")
+    program = (
+        "import attestor, os\n"
+        "fork, parent = os.fork, os.getpid()\n"
+        "def second_fails():\n"
+        "    if os.getpid() != parent: raise BlockingIOError(11, 'no more processes')\n"
+        "    return fork()\n"
+        "os.fork = second_fails\n"
+        "attestor.main()"
+    )
+    command = ("inject", "--force", "m.toml", "--", "true")
+    run = manifest.enclave.run(sys.executable, "-c", program, *command)
+    assert run.status == 7, run.err
+    assert "no process for it can be started" in run.error
+    assert manifest.placed() == {"a": b"old"}
 
 
 def test_a_program_that_fails_at_last_leaves_what_was_replaced(manifest: Manifest) -> None:

@@ -273,6 +273,47 @@ def test_a_signal_while_kms_is_silent(
     assert enclave.files() == {"blob"}
 
 
+@pytest.mark.parametrize("exchange", [{}, {"NO_EXCHANGE": "1"}], ids=["exchange", "links"])
+@pytest.mark.parametrize("kind", ["mkdir", "mkfifo"])
+def test_what_comes_into_the_place_of_the_target_is_not_swallowed(
+    ready: Enclave, kind: str, exchange: dict[str, str | None]
+) -> None:
+    """An exchange takes whatever has the name: a folder, too, which nobody could remove again."""
+    ready.place(b"the old one", "out")
+    program = (
+        "import os\n"
+        "from attestor_io import secret_file\n"
+        "from tests import interrupt\n"
+        f"if {bool(exchange)}: secret_file._exchange = interrupt.without_exchange\n"
+        "replace = secret_file.SecretFile._replace\n"
+        "def late(self):\n"
+        f"    os.unlink('out'); os.{kind}('out')\n"
+        "    replace(self)\n"
+        "secret_file.SecretFile._replace = late\n"
+        "import attestor; attestor.main()"
+    )
+    command = ("decrypt", "--any-key", "--force", "blob", "out")
+    run = ready.run(sys.executable, "-c", program, *command)
+    if kind == "mkfifo" and exchange:  # a FIFO has links and renames as a file has
+        return
+    assert run.status == 7, run.err
+    assert ready.files() == {"blob", "out"}
+    assert not (ready.folder / "out").is_file()
+
+
+def test_a_name_that_the_next_run_would_remove(ready: Enclave) -> None:
+    run = ready.attestor("decrypt", "--any-key", "blob", ".attestor-0123456789abcdef")
+    refused(ready, run, "such names are attestor's own", {"blob"})
+
+
+def test_a_folder_that_somebody_keeps_locked(ready: Enclave) -> None:
+    """Without the lock a living process's names would be taken for those of a dead one."""
+    folder = os.open(ready.folder, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    refused(ready, ready.decrypt(), "Resource temporarily unavailable", {"blob"})
+    os.close(folder)
+
+
 # -- standard output
 
 

@@ -31,6 +31,13 @@ def start(enclave: Enclave, *command: str) -> subprocess.Popen[bytes]:
     )
 
 
+def blocks_sigint(pid: int) -> bool:
+    """Whether the first line of the command has been run, or the process has ended."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    (blocked,) = [line for line in status.splitlines() if line.startswith("SigBlk:")]
+    return bool(int(blocked.split()[1], 16) & 1 << signal.SIGINT - 1) or "\nState:\tZ" in status
+
+
 def test_at_any_time(enclave: Enclave) -> None:
     """From Python's first line to the end: killed with nothing written, or done, and no word."""
     enclave.place(enclave.encrypt())
@@ -41,7 +48,9 @@ def test_at_any_time(enclave: Enclave) -> None:
         (enclave.folder / "out").unlink(missing_ok=True)
         command = (str(Path(sys.executable).with_name("attestor")), "decrypt", "--any-key")
         with start(enclave, *command, "blob", "out") as child:
-            time.sleep(moments.uniform(0.03, 0.5))
+            while not blocks_sigint(child.pid):  # Python's own start is not ours
+                pass
+            time.sleep(moments.uniform(0, 0.4))
             child.send_signal(number)
             out, err = child.communicate(timeout=SLOW)
         assert (out, err) == (b"", b""), f"seed {seed}"
@@ -142,3 +151,43 @@ blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 print(before == {number: signal.getsignal(number) for number in (1, 2, 15)}, blocked)
 """
     assert enclave.run(sys.executable, "-c", program) == Run(0, b"True set()\n", "")
+
+
+def test_one_that_was_blocked_stays_blocked(enclave: Enclave) -> None:
+    """For the program that inject becomes, too: the mask is put back, not cleared."""
+    (enclave.folder / "m.toml").write_text(
+        'region = "eu-west-1"\n[[file]]\nsource = "-"\nunauthenticated = true\n'
+        f'target = "{enclave.folder}/placed"\n',
+        encoding="utf-8",
+    )
+    program = (
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})\n"
+        "os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    shown = ("grep", "^SigBlk", "/proc/self/status")
+    command = (sys.executable, "-m", "attestor", "inject", "m.toml", "--", *shown)
+    through = enclave.run(sys.executable, "-c", program, *command, stdin=b"text")
+    assert through.status == 0, through.err
+    assert through.out == enclave.run(sys.executable, "-c", program, *shown).out
+
+
+def test_another_program_s_wake_is_none(enclaves: Callable[..., Enclave]) -> None:
+    """A SIGUSR1 that was pending and blocked must not end the thread that takes the signals."""
+    enclave = enclaves(faults=["hang"])
+    enclave.place(enclave.encrypt())
+    program = (
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'attestor', *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", program, "decrypt", "-v", "--any-key", "blob", "out"]
+    with subprocess.Popen(
+        command, cwd=enclave.folder, env=enclave.environment, stderr=-1, text=True
+    ) as child:
+        assert child.stderr is not None
+        while "attestation document" not in (line := child.stderr.readline()):
+            assert line
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=SLOW) == -signal.SIGTERM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import struct
@@ -55,6 +56,8 @@ def find_program(name: str) -> str:
 
 def _examine(path: str, name: str, scripts: int = 0) -> None:
     """Look at a file, and at the interpreters that it names, as the kernel will (execve(2))."""
+    if not os.path.isfile(path):  # opening a FIFO would wait for ever
+        raise _not_executable(name, "it is no file")
     try:
         with open(path, "rb") as program:
             head = program.read(_HEAD)
@@ -65,10 +68,10 @@ def _examine(path: str, name: str, scripts: int = 0) -> None:
         reason = getattr(error, "strerror", None) or "its ELF header is damaged"
         raise _not_executable(name, reason) from error
     if head.startswith(b"#!"):
-        words = head[2:].split(b"\n")[0].split()
-        if not words or scripts == _SCRIPTS_MAX:
+        # blanks and tabs alone end the name: a carriage return is a part of it
+        interpreter = re.split(rb"[ \t]", head[2:].split(b"\n")[0].strip(b" \t"))[0]
+        if not interpreter or scripts == _SCRIPTS_MAX:
             raise _not_executable(name, f"{path} names no interpreter that could be")
-        interpreter = words[0]
     elif not head.startswith(b"\x7fELF"):
         raise _not_executable(name, "it is neither ELF nor a script with #!")
     if interpreter:

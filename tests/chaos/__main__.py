@@ -41,9 +41,6 @@ def main(arguments: Sequence[str]) -> int:
     with driver.surroundings() as (folder, library, _):
         driver.show(driver.HEAD)
         results = driver.run(jobs, folder, library)
-    for result in results:
-        for line in result.log:
-            driver.show(line)
     return driver.report(results, started)
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parent.parent.parent
 WORKERS: Final = 2
-SHOWN: Final = 200  # violations of one kind
+SHOWN: Final = 20  # violations of one job
 # who may do what is not tested here
 _POLICY: Final = """{"Version": "2012-10-17", "Statement": [
     {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "kms:*", "Resource": "*"}]}"""
@@ -38,7 +39,7 @@ class NoNamespacesError(Exception):
 
 @contextlib.contextmanager
 def surroundings() -> Iterator[tuple[Path, Path, Inputs]]:
-    """A folder with the shim and the inputs, and os.environ leading into a simulated world."""
+    """Make a folder with the shim and the inputs, and lead os.environ into a simulated world."""
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
         world = stack.enter_context(World(key_policy=_POLICY))
@@ -53,7 +54,7 @@ def surroundings() -> Iterator[tuple[Path, Path, Inputs]]:
 
 
 def namespace() -> list[str]:
-    """The command that gives another one mounts of its own; raises NoNamespacesError."""
+    """Return the command that gives another one mounts of its own; raises NoNamespacesError."""
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
     command = ["unshare", *root, "--mount"]
     try:
@@ -67,7 +68,7 @@ def namespace() -> list[str]:
 
 
 def run(jobs: Sequence[Job], folder: Path, library: Path) -> list[Result]:
-    """Do all jobs, in two workers; one line for each as it is done."""
+    """Do all jobs, in two workers, and print a line for each as it is done."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
@@ -123,12 +124,23 @@ def _serve(
             fields: dict[str, Any] = json.loads(line)
             result = Result(**fields)
             results.append(result)
-            show(row(result))
+            show_result(result)
 
 
 def show(line: str) -> None:
-    """One line of the report."""
+    """Print one line of the report."""
     print(line, flush=True)  # noqa: T201 - the report of a command line
+
+
+def show_result(result: Result) -> None:
+    """Print the line of one job, and its violations with the commands that repeat them."""
+    found = result.violations
+    lines = [
+        f"    {kind}: {what}\n        python -m tests.chaos --only {name}"
+        for name, kind, what in found
+    ]
+    more = [f"    and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    show("\n".join([row(result), *result.log, *lines[:SHOWN], *more]))
 
 
 HEAD: Final = (
@@ -139,7 +151,7 @@ HEAD: Final = (
 
 
 def row(result: Result) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     counts = " ".join(f"{result.counts[kind]:>8}" for kind in KINDS)
     return (
         f"{result.scenario:<20} {result.place:<12} {result.enumerated:>5} "
@@ -148,13 +160,11 @@ def row(result: Result) -> str:
 
 
 def report(results: Sequence[Result], started: float) -> int:
-    """Violations with the command that repeats each, and totals; the exit status."""
-    for kind in KINDS:
-        found = [one for result in results for one in result.violations if one[1] == kind]
-        for name, _, what in found[:SHOWN]:
-            show(f"{kind}: {what}\n    python -m tests.chaos --only {name}")
-        if len(found) > SHOWN:
-            show(f"{kind}: {len(found) - SHOWN} more")
+    """Print totals, and return the exit status."""
+    endings: Counter[str] = Counter()
+    for result in results:
+        endings.update(result.endings)
+    show("ended with " + ", ".join(f"{how}: {number}" for how, number in endings.most_common()))
     totals = {kind: sum(result.counts[kind] for result in results) for kind in KINDS}
     enumerated = sum(result.enumerated for result in results)
     chance = sum(result.random_runs for result in results)

@@ -79,18 +79,18 @@ class Fault:
 
     @property
     def signals(self) -> frozenset[int]:
-        """The signals that come and may end a process."""
+        """Return the signals that come and may end a process."""
         raised = self.function is None or self.action in {state.SIGNAL_BEFORE, state.SIGNAL_AFTER}
         return frozenset({self.value * raised, self.then_signal}) - {0, signal.SIGSTOP}
 
     @property
     def stops(self) -> bool:
-        """Whether the process stands still until another has written into the same folder."""
+        """Tell whether the process stands still until another has written into its folder."""
         return self.action == state.SIGNAL_BEFORE and self.value == signal.SIGSTOP
 
     @property
     def fails(self) -> bool:
-        """Whether a call fails."""
+        """Tell whether a call fails."""
         return self.action in {state.FAIL, state.FILL}
 
 
@@ -98,7 +98,7 @@ NOTHING: Final = Fault("none")
 
 
 def parse(text: str) -> Fault:
-    """The fault of a name; raises ValueError."""
+    """Return the fault of a name; raises ValueError."""
     if text == NOTHING.text:
         return NOTHING
     if found := _RANDOM.fullmatch(text):
@@ -125,7 +125,7 @@ def parse(text: str) -> Fault:
 
 
 def enumerate_faults(functions: Sequence[str], *, fills: bool) -> list[Fault]:
-    """Every fault at every call of an undisturbed run, in an order that is always the same.
+    """List every fault at every call of an undisturbed run, always in the same order.
 
     `functions` names the calls in their order. The order is that of a hash, so that any number of
     them from the front is a fair selection, with fewer of the calls that change nothing. With

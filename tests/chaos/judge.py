@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 def look(path: Path) -> Seen | None:
-    """What lies under a name, links not followed."""
+    """Look at what lies under a name, links not followed."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -94,7 +94,7 @@ class Before:
         return {path.name: look(path) for path in (self._root / "e").iterdir()}
 
     def is_elsewhere_whole(self, *, unlinked: bool) -> bool:
-        """Whether what links pointed to is as it was; `unlinked`: some have lost their second."""
+        """Tell whether what links lead to is as it was, but for second names if `unlinked`."""
         now = self._elsewhere()
         for name, was in self.elsewhere.items():
             found = now.pop(name, None)
@@ -139,7 +139,7 @@ class Verdict:
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, kind: str, what: str) -> None:
-        """One violation."""
+        """Note one violation."""
         self.found.append((kind, what))
 
 
@@ -154,7 +154,7 @@ class Judge:
         self._root = Path(inputs.root)
 
     def judge(self, ending: Ending, trace: Trace) -> Verdict:
-        """What is wrong with a run, before anything is cleaned up."""
+        """Say what is wrong with a run, before anything is cleaned up."""
         verdict = Verdict()
         killed = ending.signal == signal.SIGKILL and not ending.hung
         if ending.hung:
@@ -171,7 +171,7 @@ class Judge:
         return trace.hit_in_helper and self._fault.value == signal.SIGKILL
 
     def _state(self, target: Target) -> str:
-        """Old, new, or which violation it is."""
+        """Tell old from new, and both from violations."""
         was, found = self._before.targets[target.path], look(self._root / target.path)
         if found == was:
             return "old"
@@ -198,14 +198,14 @@ class Judge:
                 verdict.add("left", str(path.relative_to(self._root)))
 
     def hidden(self) -> list[Path]:
-        """Names beside the targets that are not targets."""
+        """List the names beside the targets that are not targets."""
         targets = {self._root / target.path for target in self._scenario.targets}
         return [
             path for name in "tu" for path in (self._root / name).iterdir() if path not in targets
         ]
 
     def _is_admitted(self, path: Path) -> bool:
-        """Whether a killed run may leave this: a name of ours that nobody else can read."""
+        """Tell whether a killed run may leave this: a name of ours that nobody else can read."""
         found = look(path)
         return (
             found is not None
@@ -244,7 +244,7 @@ class Judge:
         return PROGRAM_STATUS if self._scenario.program else 0
 
     def _expected(self, trace: Trace) -> set[int | str]:
-        """The exit statuses that may be, and "signal" where it may end by the signal sent."""
+        """Return the exit statuses that may be, and "signal" where the one sent may end it."""
         fault, scenario = self._fault, self._scenario
         usual: set[int | str] = {scenario.status}
         if scenario.status in _NO_PROGRAM:
@@ -268,7 +268,7 @@ class Judge:
         return expected
 
     def _must_end_it(self, trace: Trace) -> bool:
-        """Whether the signal came so early that nothing but its end is right.
+        """Tell whether the signal came so early that nothing but its end is right.
 
         That is: before the last target was made durable, and so before any had its name; with a
         program, at any time before it took over.
@@ -293,7 +293,7 @@ class Judge:
             verdict.add("wrong", f"no error message: {ending}")
 
     def judge_after_another(self, ending: Ending) -> Verdict:
-        """What is wrong after one more run that nothing happened to."""
+        """Say what is wrong after one more run that nothing happened to."""
         verdict = Verdict()
         if ending.hung or ending.signal or ending.status != self._success or ending.said:
             verdict.add("wrong", f"the next run: {ending}")

@@ -38,7 +38,7 @@ class Inputs:
 
     @classmethod
     def load(cls, folder: Path) -> Inputs:
-        """What `save` wrote."""
+        """Read what `save` wrote."""
         return cls(**json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
 
 
@@ -67,7 +67,7 @@ class Scenario:
     program: bool = False
 
     def arguments(self, inputs: Inputs, *, again: bool = False) -> list[str]:
-        """The command line; `again` for a run that finds its targets there, and must succeed."""
+        """Return the command line; `again`: of a run that finds its targets there, and succeeds."""
         words = self.command.split()
         if again and "--force" not in words:
             words.insert(1, "--force")
@@ -86,7 +86,7 @@ def _both(
     status: int = 0,
     program: bool = False,
 ) -> list[Scenario]:
-    """A command on new targets, and with --force on old ones."""
+    """Run a command on new targets, and with --force on old ones."""
     verb, _, rest = command.partition(" ")
     ways: tuple[tuple[str, str, Before], ...] = (
         ("new", "", "absent"),
@@ -121,7 +121,7 @@ _OLD_MANY: Final = tuple(
 
 
 def _injections() -> list[Scenario]:
-    """Several targets in two folders, with a receipt; alone, and before three kinds of program."""
+    """Inject into two folders, with a receipt: alone, and before a program that runs or cannot."""
     scenarios: list[Scenario] = []
     for kind, options, targets in (("new", "", _MANY), ("force", "--force ", _OLD_MANY)):
         base = f"inject {options}--receipt {{root}}/t/receipt {{inputs}}/many.toml"
@@ -190,7 +190,7 @@ SCENARIOS: Final = {scenario.name: scenario for scenario in _all()}
 
 
 def is_complete(kind: str, data: bytes, inputs: Inputs) -> bool:
-    """Whether a target holds all of what it should."""
+    """Tell whether a target holds all of what it should."""
     exact = {"plaintext": PLAINTEXT, "message-plaintext": MESSAGE, "file": PLAIN_FILE}
     sizes = {"blob": inputs.blob_size, "pair-blob": inputs.pair_blob_size}
     if kind in exact:
@@ -208,7 +208,7 @@ def _is_pem(data: bytes, kind: str) -> bool:
 
 
 def _is_message(message: bytes) -> bool:
-    """Whether an AWS Encryption SDK message has its footer: the length of a signature, and it."""
+    """Look for the footer of an AWS Encryption SDK message: a signature behind its length."""
     sizes = range(95, 110)
     return message.startswith(b"\x02") and any(
         message[-size - 2 : -size] == size.to_bytes(2, "big") for size in sizes
@@ -232,7 +232,7 @@ def _is_receipt(data: bytes) -> bool:
 
 
 def write_inputs(folder: Path, root: Path, world: World) -> Inputs:
-    """Everything that the scenarios read; os.environ must lead into the world already."""
+    """Write all that the scenarios read; os.environ must lead into the world already."""
     import botocore.session
 
     kms: Any = botocore.session.Session().create_client("kms")
@@ -263,7 +263,7 @@ def write_inputs(folder: Path, root: Path, world: World) -> Inputs:
 
 
 def _message(arn: str) -> bytes:
-    """A message in several frames, so that it is written in several pieces."""
+    """Make a message of several frames, so that it is written in several pieces."""
     import aws_encryption_sdk as sdk
     import botocore.session
 

@@ -42,6 +42,8 @@ class Outcome(NamedTuple):
 def run(count: int, seed: int) -> int:
     """Run so many processes, two at a time; print a table, and return the exit status."""
     started = time.monotonic()
+    for number in faults.SIGNALS:  # the processes must not inherit an ignored one (nohup)
+        signal.signal(number, signal.default_int_handler)
     chance = random.Random(seed)  # noqa: S311 - the same times again for the same seed
     plan = [
         (number, chance.choice(faults.SIGNALS), chance.uniform(0, LATEST))
@@ -95,7 +97,7 @@ def _one(folder: Path, inputs: Inputs, which: signal.Signals, at: float) -> Outc
 def _judge(
     status: int, which: signal.Signals, out: Path, said: bytes, *, force: bool
 ) -> tuple[str, str]:
-    """The words for the table, and the violation if there is one."""
+    """Return the words for the table, and the violation if there is one."""
     found = out.read_bytes() if out.exists() else None
     old = OLD if force else None
     names = set(os.listdir(out.parent)) - {"out"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,7 @@ class State:
         self.raw.then_after = fault.then_after
 
     def calls(self) -> list[Call]:
-        """What was logged."""
+        """Return what was logged."""
         return [
             Call(
                 self.functions[entry.function],
@@ -126,8 +125,3 @@ class State:
             )
             for entry in self.raw.log[: min(self.raw.calls, 1024)]
         ]
-
-
-def signal_name(number: int) -> str:
-    """The name of a signal."""
-    return signal.Signals(number).name

@@ -57,7 +57,6 @@ class Job:
     seed: int = 0
     only: str | None = None
     as_whole: bool = False
-    verbose: bool = False
 
 
 @dataclass(slots=True)
@@ -106,7 +105,7 @@ class Runner:
         return ending, trace
 
     def _prepare(self) -> Before:
-        """A place as the scenario wants it before each run."""
+        """Make the place as the scenario wants it before each run."""
         before = Before(self.scenario, self._root)
         layer = self._mounted.empty()
         before.make(layer, hard_links=False)
@@ -120,7 +119,7 @@ class Runner:
         return before
 
     def _again(self, judge: Judge) -> Verdict:
-        """One more run that nothing happens to: it removes what the killed one has left."""
+        """Do one more run, to which nothing happens: it removes what the killed one has left."""
         self._mounted.relieve()
         self._state.reset(self._root)
         self.place.refuse(self._state)
@@ -145,7 +144,7 @@ class Runner:
         return ending
 
     def _write_beside(self, child: int) -> None:
-        """Once the command stands still, let another write into its folder, and let it go on."""
+        """Let another write into the folder of a command that stands still, and let that go on."""
         deadline = time.monotonic() + DEADLINE
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while not self._state.raw.hit_process:
@@ -185,7 +184,7 @@ class Runner:
     # -- the parts of a job
 
     def do(self) -> Result:
-        """All of the job."""
+        """Do all of the job."""
         started = time.monotonic()
         if self._job.only is not None:
             self._do_only(faults.parse(self._job.only))
@@ -214,7 +213,7 @@ class Runner:
         self.result.log.append(f"{ending} after {ending.seconds:.3f} s")
 
     def _do_random(self, seconds: float) -> None:
-        """Signals at random times over a little more than an undisturbed run takes; half kill."""
+        """Send signals at random times of a run, or a little later; half of them kill."""
         key = f"{self._job.seed}/{self.scenario.name}/{self.place.name}"
         chance = random.Random(key)  # noqa: S311 - the same times again for the same seed
         for _ in range(self._job.random_runs):
@@ -225,7 +224,7 @@ class Runner:
             self.result.random_runs += 1
 
     def _do_whole(self, forked: Trace, chosen: Sequence[Fault]) -> None:
-        """The same as whole processes: no import, and no key, done before."""
+        """Do some as whole processes, for which nothing is imported, and no key made, before."""
         if not self._job.whole:
             return
         _, trace = self.one(faults.NOTHING, whole=True)
@@ -240,7 +239,7 @@ class Runner:
 
 
 def _shape(trace: Trace) -> list[str]:
-    """The calls with random names made alike, for a comparison."""
+    """Return the calls with random names made alike, for a comparison."""
     return [_RANDOM.sub("*", str(call)) for call in trace.calls]
 
 
@@ -296,7 +295,7 @@ def _kill_children() -> None:
 def _become(
     arguments: Sequence[str], said: int, whole: Path | None, *, watched: bool = True
 ) -> NoReturn:
-    """In the child: become the command, with its streams; `whole` execs the installed one."""
+    """Become the command, with streams of its own; `whole` execs the installed one."""
     try:
         os.lseek(said, 0, os.SEEK_SET)
         nothing = os.open(os.devnull, os.O_RDWR)
@@ -346,7 +345,7 @@ _state: State
 
 
 def _do(job: Job, inputs: Inputs, state: State) -> None:
-    """One job, in a process of its own; its answer goes to standard output."""
+    """Do one job, in a process of its own; its answer goes to standard output."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     places.enter_namespace()
     said = os.memfd_create("said")
@@ -361,8 +360,11 @@ def main() -> None:
     inputs = Inputs.load(folder)
     _state = State(library, file)
     _prepare_imports(inputs)
-    # a signal may come before the command has looked at it: then it ends that process too
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # a signal may come before the command has looked at it: then it ends that process too; and
+    # whoever started this one (nohup, a shell's &) may have it ignored or blocked
+    for number in faults.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     gc.freeze()
     for line in sys.stdin:
         child = os.fork()
