@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tests.chaos.faults import Fault
 
 DEADLINE: Final = 60.0  # seconds, after which a run hangs: generous, for a busy machine
+_HELPER_STARTS: Final = 0.3
 _HELPERS_DEADLINE: Final = 20.0
 _PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
 _SAID_MAX: Final = 2000
@@ -136,6 +137,7 @@ class Runner:
         if fault.stops:
             self._write_beside(child)
         ending = _watch(child, fault, started)
+        ending.hung |= not self._reap_helpers(fault)
         self._state.raw.armed = 0
         ending.seconds = time.monotonic() - started
         self._child = child
@@ -148,8 +150,10 @@ class Runner:
         deadline = time.monotonic() + DEADLINE
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while not self._state.raw.hit_process:
-            if time.monotonic() > deadline or os.waitid(os.P_PID, child, ended):
+            if time.monotonic() > deadline:
                 return
+            if os.waitid(os.P_PID, child, ended):  # it may be a helper that will stand still
+                deadline = min(deadline, time.monotonic() + _HELPER_STARTS)
             time.sleep(0.001)
         time.sleep(0.005)  # the signal comes just behind the mark
         other = self._root / "t" / "other"
@@ -161,6 +165,24 @@ class Runner:
         other.unlink(missing_ok=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._state.raw.hit_process, signal.SIGCONT)
+
+    def _reap_helpers(self, fault: Fault) -> bool:
+        """Wait until nothing that a command has started is left; False if that took too long."""
+        deadline = time.monotonic() + _HELPERS_DEADLINE
+        while True:
+            try:
+                found, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            stopped = self._state.raw.hit_process if fault.stops else 0
+            if stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stopped, signal.SIGCONT)
+            if found == 0:
+                if time.monotonic() > deadline:
+                    _kill_children()
+                    return False
+                time.sleep(0.002)
 
     def _trace(self) -> Trace:
         raw = self._state.raw
@@ -264,23 +286,7 @@ def _watch(child: int, fault: Fault, started: float) -> Ending:
     _, waited = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(waited)
     ending.status, ending.signal = (code, 0) if code >= 0 else (None, -code)
-    ending.hung |= not _reap_helpers()
     return ending
-
-
-def _reap_helpers() -> bool:
-    """Wait until nothing that a command has started is left; False if that took too long."""
-    deadline = time.monotonic() + _HELPERS_DEADLINE
-    while True:
-        try:
-            found, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return True
-        if found == 0:
-            if time.monotonic() > deadline:
-                _kill_children()
-                return False
-            time.sleep(0.002)
 
 
 def _kill_children() -> None:
