@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +25,7 @@ from attestor_commands.inputs import FORCE_OPTION
 from attestor_commands.placement import Placement
 from attestor_io.errors import InputError, NotAuthenticError
 from attestor_io.reading import read_bounded
-from attestor_io.secret_file import open_target
+from attestor_io.secret_file import open_target, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -209,7 +208,7 @@ class _Outputs(Placement):
 
     def __init__(self, *paths: str, force: bool) -> None:
         super().__init__()
-        if len({os.path.realpath(path) for path in paths}) < len(paths):
+        if len({real_path(path) for path in paths}) < len(paths):
             raise InputError("every output wants a file of its own")
         self._paths, self._force = paths, force
 

@@ -105,6 +105,15 @@ class StandardOutput:
         pass
 
 
+def real_path(path: str) -> str:
+    """The path without symbolic links, to tell targets from each other; raises OutputError."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise OutputError(f"{path} cannot be written: {reason}") from error
+
+
 class SecretFile:
     """A file that is absent or complete at any moment; mode 0600 until it is sealed.
 

@@ -31,6 +31,7 @@ from attestor_commands.inject.fields import (
 from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
+from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
 from attestor_io.vsock import Address, parse_address
 
@@ -376,7 +377,7 @@ def _check_entries(entries: list[Entry]) -> None:
     real: dict[str, str] = {}
     for entry in entries:
         folder, name = os.path.split(entry.target)
-        path = os.path.join(os.path.realpath(folder), name)
+        path = os.path.join(real_path(folder), name)
         if path in real:
             raise InputError(f"target {entry.target} is there twice")
         real[path] = entry.target

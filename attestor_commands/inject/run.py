@@ -31,6 +31,7 @@ from attestor_commands.placement import Placement
 from attestor_io.deadline import Deadline
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError
 from attestor_io.reading import Message, is_message, read_bounded
+from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def inject(
     manifest = parse(text, settings, os.environ, addresses)
     if manifest_file == "-" and any(entry.source == "-" for entry in manifest.entries):
         raise InputError("standard input is the manifest, and a source in it")
-    if receipt is not None and os.path.realpath(receipt) in {
-        os.path.realpath(one.target) for one in manifest.entries
+    if receipt is not None and real_path(receipt) in {
+        real_path(one.target) for one in manifest.entries
     }:
         raise InputError(f"receipt {receipt} is a target too")
     executable = find_program(program[0]) if program else None
