@@ -99,9 +99,9 @@ def test_a_tag_of_a_manifest(enclave: Enclave) -> None:
 @pytest.mark.parametrize("command", [["decrypt", "--any-key", "blob", "out"], ["doctor"]])
 def test_the_name_of_kms(enclave: Enclave, command: list[str]) -> None:
     enclave.place(enclave.encrypt())
-    run = attestor(enclave, *command, *SHORT, "--endpoint-url", "https://kms.example")
+    run = attestor(enclave, *command, "--timeout", "5", "--endpoint-url", "https://kms.example")
     assert run.status == 5, run.err
-    assert "kms.example" in run.out.decode() or "no answer of KMS within 1 seconds" in run.err
+    assert "kms.example" in run.out.decode() or "no answer of KMS within 5 seconds" in run.err
 
 
 def test_the_region_of_the_instance(enclave: Enclave, silent: int) -> None:
@@ -145,12 +145,13 @@ def test_a_fifo_without_a_writer(
 
 def test_a_fifo_as_a_source(enclave: Enclave, fifo: Path) -> None:
     text = (
-        'region = "eu-west-1"\nany_key = true\ntimeout = 1\n'
+        'region = "eu-west-1"\nany_key = true\ntimeout = 5\n'
         f'[[secret]]\nsource = "{fifo}"\ntarget = "{enclave.folder}/out"\nunbound = true\n'
     )
     enclave.place(text.encode(), "m.toml")
     run = enclave.attestor("inject", "m.toml")
-    assert (run.status, run.error) == (5, "not done within 1 seconds")
+    assert run.status == 5, run.err
+    assert run.error.endswith("within 5 seconds")
     assert enclave.files() == {"blob", "m.toml"}
 
 
