@@ -424,8 +424,12 @@ class Recipient:
         with contextlib.suppress(FutureTimeoutError):
             self._key.exception(timeout)
 
-    def wait_for_module(self, deadline: Deadline) -> None:
-        """Return once the module has answered; it comes before credentials and network."""
+    def wait_for_module(self, timeout: float | Deadline) -> None:
+        """Return once the module has answered; it comes before credentials and network.
+
+        Raises ModuleError for one that has not by then, or within so many seconds.
+        """
+        deadline = timeout if isinstance(timeout, Deadline) else Deadline(timeout)
         try:
             self._answered.result(deadline.left)
         except FutureTimeoutError:
