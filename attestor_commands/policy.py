@@ -128,7 +128,7 @@ def render(
         )
     for warning in rendered.warnings:
         say("note", warning)
-    print_report(rendered.policy, str, as_json=True)
+    print_report(rendered.policy, lambda _: rendered.text, as_json=False)
 
 
 def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
@@ -223,6 +223,10 @@ def _read_policy(path: str) -> Any:
 @click.option(
     "--document", metavar="FILE", help="the attestation document that is sent  [default: none]"
 )
+@PCR_OPTION
+@click.option(
+    "--measurements", metavar="FILE", help="the PCRs of such a document, as nitro-cli printed them"
+)
 @click.option(
     "--principal",
     metavar="ARN",
@@ -248,23 +252,24 @@ def _read_policy(path: str) -> Any:
 @JSON_OPTION
 def explain(
     file: str,
-    document: str | None,
     principal: str,
     action: str,
     key_id: str | None,
     encryption_context: dict[str, str],
-    root: str | None,
     as_json: bool,
+    **sources: Any,
 ) -> int:
     """Tell statement by statement what a key policy decides about a call.
 
     \b
-    Example:
+    Examples:
       attestor policy explain policy.json --document doc --principal arn:aws:iam::...:role/parent
+      attestor policy explain policy.json --measurements build.json --principal arn:aws:iam::...
 
     FILE is the policy in JSON; "-" reads standard input. The document is verified at its own
-    timestamp. What depends on other policies is named, not guessed. Exit status: 0 allowed, 4
-    denied, 8 cannot be told.
+    timestamp; --pcr and --measurements stand for one whose other PCRs are not known. What depends
+    on them or on other policies is named, not guessed. Exit status: 0 allowed, 4 denied, 8 cannot
+    be told.
     """
     from datetime import UTC, datetime
 
@@ -273,16 +278,13 @@ def explain(
 
     with evidence_errors():
         parsed = _read_policy(file)
-        verified = (
-            _verified_at_its_time(document, root, allow_debug=True)
-            if document is not None
-            else None
-        )
+        verified, pcrs = _asked_pcrs(action, sources)
         request = keypolicy.Request(
             principal=principal,
             action=action,
             resource=key_id or _some_key(parsed, principal),
-            pcrs=verified.document.pcrs if verified else None,
+            pcrs=pcrs,
+            more_pcrs=verified is None,
             context=encryption_context,
         )
         found = keypolicy.evaluate(parsed, request)
@@ -292,6 +294,33 @@ def explain(
         as_json=as_json,
     )
     return {"allowed": 0, "denied": RefusedError.status}.get(found.decision.value, UNDETERMINED)
+
+
+def _asked_pcrs(action: str, sources: Mapping[str, Any]) -> tuple[Any, dict[int, bytes] | None]:
+    """The verified document if there is one, and the PCRs of the call, None without attestation."""
+    import keypolicy
+    from attestor_commands.arguments import merge, parse_pcr
+
+    document, measurements = sources["document"], sources["measurements"]
+    claimed = [parse_pcr(text) for text in sources["pcrs"]]
+    if document is None and measurements is None and not claimed:
+        return None, None
+    # GenerateRandom takes one, too; no key policy is asked about it
+    if action.lower() not in {known.lower() for known in keypolicy.RECIPIENT_ACTIONS}:
+        raise InputError(
+            f"{action} carries no attestation document",
+            f"leave it out; {', '.join(keypolicy.RECIPIENT_ACTIONS)} carry one",
+        )
+    if document is None:
+        measured = parse_file(measurements, keypolicy.measurements) if measurements else {}
+        return None, merge(*([pair] for pair in claimed), measured.items())
+    if measurements is not None or claimed:
+        raise InputError(
+            "--document tells every PCR: --pcr and --measurements contradict it or say the same",
+            "leave out --document, or both of them",
+        )
+    verified = _verified_at_its_time(document, sources["root"], allow_debug=True)
+    return verified, dict(verified.document.pcrs)
 
 
 def _some_key(parsed: Any, principal: str) -> str:

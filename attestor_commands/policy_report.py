@@ -58,6 +58,7 @@ def evaluation_object(
         "resource": request.resource,
         "context": dict(request.context),
         "document": _brief(verified, now) if verified else None,
+        "pcrs": {str(index): value.hex() for index, value in sorted((request.pcrs or {}).items())},
         "statements": [_statement_object(part) for part in found.statements],
         "undetermined": list(found.undetermined),
         "not_evaluated": list(NOT_EVALUATED),
@@ -100,6 +101,9 @@ def evaluation_text(report: Object) -> str:
     """The decision, then statement by statement which condition held, with both values."""
     document = report["document"]
     said = "none: a call without attestation"
+    if report["pcrs"]:
+        given = ", ".join(f"PCR{index}" for index in report["pcrs"])
+        said = f"one with {given} as given, whose other PCRs are not known"
     if document:
         said = (
             f"{document['module_id']}, signed {document['signed_at']}, "

@@ -183,9 +183,10 @@ def _accounts(message: str) -> tuple[str | None, str | None]:
 def _more(refusal: Refusal) -> Iterable[str]:
     """The command that tells more."""
     if refusal.code == "AccessDeniedException" and refusal.pcrs is not None:
+        caller = re.search(r"User: (arn:[a-z-]+:(?:sts|iam)::\d{12}:[\w+=,.@/-]+)", refusal.message)
         yield (
-            "attestor attest DOC, then attestor policy explain POLICY --document DOC: which "
-            "condition does not hold"
+            "attestor attest DOC, then attestor policy explain POLICY --document DOC --principal "
+            f"{caller[1] if caller else 'ROLE'}: which condition does not hold"
         )
     elif refusal.code in (*_EXPIRED, *UNSIGNED, "NotFoundException", "ValidationException"):
         yield "attestor doctor checks everything on the way to KMS"

@@ -108,7 +108,9 @@ class Policy:
     @classmethod
     def parse(cls, text: str | bytes) -> Self:
         """Read the JSON of a key policy; raises PolicyError."""
-        document = _members("policy", read_json(text), _POLICY_ELEMENTS)
+        decoded = read_json(text)
+        _refuse_answer(decoded)
+        document = _members("policy", decoded, _POLICY_ELEMENTS)
         version = document.get("Version", _DEFAULT_VERSION)
         if version not in _VERSIONS:
             raise PolicyError(f"policy has the Version {abbreviated(version)}, expected 2012-10-17")
@@ -120,6 +122,19 @@ class Policy:
         statements = tuple(_statement(number, item) for number, item in enumerate(items, start=1))
         size = len(text if isinstance(text, bytes) else text.encode(errors="replace"))
         return cls(statements, version, size)
+
+
+def _refuse_answer(decoded: object) -> None:
+    """Refuse what the AWS CLI prints around a policy, and say how it prints the policy alone.
+
+    GetKeyPolicy answers {"Policy": TEXT, "PolicyName": NAME}; --query Policy alone prints TEXT as a
+    JSON string.
+    """
+    whole = isinstance(decoded, dict) and isinstance(decoded.get("Policy"), str)
+    if whole or isinstance(decoded, str):
+        what = "the answer of aws kms get-key-policy" if whole else "a JSON string"
+        hint = "aws kms get-key-policy --key-id KEY --query Policy --output text prints the policy"
+        raise PolicyError(f"{what} is not the policy, but holds it", hint)
 
 
 def _statement(number: int, item: object) -> Statement:

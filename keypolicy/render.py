@@ -6,8 +6,10 @@ no Allow overrides ("Policy evaluation logic" of the IAM User Guide).
 
 from __future__ import annotations
 
+import bisect
+import json
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Self
 
 from keypolicy.findings import PLAINTEXT_ACTIONS, RECIPIENT_ACTIONS
 from keypolicy.measure import (
@@ -19,14 +21,16 @@ from keypolicy.measure import (
 )
 from keypolicy.model import (
     ENCRYPTION_CONTEXT,
+    KEY_POLICY_MAX,
     PolicyError,
     abbreviated,
     iam_entity_type,
+    mixed_partitions,
     pcr_condition_key,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _ADMINISTRATION: Final = tuple(
     f"kms:{name}"
@@ -40,12 +44,16 @@ _ADMINISTRATION: Final = tuple(
 
 
 class Bind(NamedTuple):
-    """An encryption context value that only enclaves with this value of PCR3 or PCR4 may use."""
+    """An encryption context value that only enclaves with this value of PCR3 or PCR4 may use.
+
+    `parent` is the role's ARN or the instance's id that the PCR is of, where that is known.
+    """
 
     name: str
     value: str
     pcr: int
     digest: bytes
+    parent: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -57,8 +65,8 @@ class Bind(NamedTuple):
             )
         name, value, parent = found.groups()
         if parent.startswith("arn:"):
-            return cls(name, value, 3, pcr_of_role(parent))
-        return cls(name, value, 4, pcr_of_instance(parent))
+            return cls(name, value, 3, pcr_of_role(parent), parent)
+        return cls(name, value, 4, pcr_of_instance(parent), parent)
 
 
 class Rendered(NamedTuple):
@@ -66,6 +74,21 @@ class Rendered(NamedTuple):
 
     policy: dict[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Return its JSON as short as can still be read, a line for each statement.
+
+        KMS is not known to leave white space out when it measures a policy.
+        """
+        version, statements = self.policy["Version"], self.policy["Statement"]
+        lines = ",\n".join(json.dumps(part, separators=(",", ":")) for part in statements)
+        return f'{{"Version":"{version}","Statement":[\n{lines}\n]}}'
+
+    @property
+    def size(self) -> int:
+        """The bytes of a file that holds the text, with the end of its last line."""
+        return len(self.text) + 1
 
 
 def render(
@@ -82,12 +105,35 @@ def render(
     `principals` are the roles (or users) that the enclaves' parents run with, `admins` manage the
     key without using it, `encryptors` may only encrypt. Each image is {PCR index: 48 bytes};
     several are for a roll-over and name the same PCRs. `actions` are of RECIPIENT_ACTIONS. Raises
-    PolicyError for what would be open or useless; `check` finds nothing in what is returned.
+    PolicyError for what would be open or useless, or is more than KMS takes; `check` finds no fault
+    in what is returned.
     """
     _check_people(principals, admins, encryptors)
     _check_images(images)
     _check_binds(binds, actions)
     _check_actions(actions)
+    people = (principals, admins, encryptors)
+    arns = [*principals, *admins, *encryptors, *(bind.parent for bind in binds)]
+
+    def written(images: Sequence[Mapping[int, bytes]], binds: Sequence[Bind]) -> Rendered:
+        policy = _policy(*people, images, binds, actions)
+        return Rendered(policy, tuple(_warnings(images[0], arns)))
+
+    rendered = written(images, binds)
+    if rendered.size > KEY_POLICY_MAX:
+        _refuse_size(written, images, binds)
+    return rendered
+
+
+def _policy(
+    principals: Sequence[str],
+    admins: Sequence[str],
+    encryptors: Sequence[str],
+    images: Sequence[Mapping[int, bytes]],
+    binds: Sequence[Bind],
+    actions: Sequence[str],
+) -> dict[str, Any]:
+    """Write the policy of what has been checked."""
     statements = [_allow("Administration", admins, _ADMINISTRATION)]
     if encryptors:
         statements.append(_allow("Encryption", encryptors, ["kms:Encrypt"]))
@@ -98,8 +144,31 @@ def render(
         differs = _pcr_differs(index, [image[index] for image in images])
         statements.append(_deny(f"DenyOtherPCR{index}", differs))
     statements += _bind_guards(binds)
-    policy = {"Version": "2012-10-17", "Statement": statements}
-    return Rendered(policy, tuple(_warnings(images[0])))
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def _refuse_size(
+    written: Callable[[Sequence[Mapping[int, bytes]], Sequence[Bind]], Rendered],
+    images: Sequence[Mapping[int, bytes]],
+    binds: Sequence[Bind],
+) -> NoReturn:
+    """Refuse a policy that is too large, and say how much of it would fit."""
+
+    def fits(images: Sequence[Mapping[int, bytes]], binds: Sequence[Bind]) -> bool:
+        return written(images, binds).size <= KEY_POLICY_MAX
+
+    size = written(images, binds).size
+    too_large = f"the policy has {size:,} bytes, but KMS takes {KEY_POLICY_MAX:,}"
+    # every part only adds to the size, so what fits is a beginning
+    if binds and fits(images, ()):
+        count = bisect.bisect(range(1, len(binds)), 0, key=lambda n: not fits(images, binds[:n]))
+        hint = f"the first {count} of {len(binds)} binds fit: use another key for the rest"
+    elif fits(images[:1], ()):
+        count = bisect.bisect(range(1, len(images)), 0, key=lambda n: not fits(images[:n], ()))
+        hint = f"the first {count} of {len(images)} images fit: leave old ones out"
+    else:
+        hint = "name fewer principals, administrators and encryptors"
+    raise PolicyError(too_large, hint)
 
 
 # ---- what would be open or useless
@@ -247,11 +316,16 @@ def _bind_guards(binds: Sequence[Bind]) -> Iterator[dict[str, Any]]:
     for number, (name, value, pcr) in enumerate(bound, start=1):
         digests = [bind.digest for bind in binds if (bind.name, bind.value) == (name, value)]
         context = {"StringEquals": {f"{ENCRYPTION_CONTEXT}{name}": value}}
-        yield _deny(f"DenyOtherPCR{pcr}ForBind{number}", context | _pcr_differs(pcr, digests))
+        guard = _deny(f"DenyOtherPCR{pcr}ForBind{number}", context | _pcr_differs(pcr, digests))
+        # DeriveSharedSecret has no context: its guard would be forty bytes for nothing
+        yield guard | {"Action": ["kms:Decrypt", "kms:ReEncryptFrom"]}
 
 
-def _warnings(pinned: Iterable[int]) -> Iterator[str]:
-    """Say what the author of a policy that pins these PCRs should know."""
+def _warnings(pinned: Iterable[int], arns: Iterable[str]) -> Iterator[str]:
+    """Say what the author of a policy that pins these PCRs for these ARNs should know."""
+    mixed = mixed_partitions(arns)
+    if mixed:
+        yield mixed
     yield (
         "whoever may call kms:PutKeyPolicy can remove these conditions: "
         "CloudTrail shows that, nothing prevents it"

@@ -29,6 +29,7 @@ from keypolicy import (
     Evaluation,
     Policy,
     PolicyError,
+    Rendered,
     Request,
     check,
     evaluate,
@@ -1752,6 +1753,80 @@ def test_policies_that_would_be_open_or_useless_are_not_rendered(
 def test_what_binds_nothing_is_refused(text: str) -> None:
     with pytest.raises(PolicyError):
         Bind.parse(text)
+
+
+def binds(count: int) -> list[Bind]:
+    return [Bind.parse(f"node={number}:i-{number:017x}") for number in range(count)]
+
+
+def written(**members: Any) -> Rendered:
+    default: Json = {"principals": [ROLE], "admins": [ADMIN], "images": [IMAGE]}
+    return render(**(default | members))
+
+
+def builds(count: int) -> list[dict[int, bytes]]:
+    return [{0: number.to_bytes(48, "big")} for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("what", ["binds", "images"])
+def test_a_policy_that_kms_would_not_keep_says_how_much_fits(what: str) -> None:
+    make: dict[str, Any] = {"binds": binds, "images": builds}
+    with pytest.raises(PolicyError, match="bytes, but KMS takes 32,768") as refusal:
+        written(**{what: make[what](200)})
+    (hint,) = refusal.value.hints
+    count = int(hint.split()[2])
+    assert f"the first {count} of 200 {what} fit" in hint
+    fitting = written(**{what: make[what](count)})
+    assert 32_000 < fitting.size <= 32_768
+    assert check(Policy.parse(fitting.text + "\n")) == ()
+    with pytest.raises(PolicyError, match="KMS takes"):
+        written(**{what: make[what](count + 1)})
+
+
+def test_a_policy_of_too_many_people_is_refused() -> None:
+    with pytest.raises(PolicyError, match="KMS takes") as refusal:
+        written(encryptors=[f"{USER}{number}" for number in range(1000)], binds=binds(3))
+    assert refusal.value.hints == ("name fewer principals, administrators and encryptors",)
+
+
+def test_the_text_of_a_policy_is_compact_and_the_same_policy() -> None:
+    found = written(binds=binds(80))
+    assert json.loads(found.text) == found.policy
+    assert len(found.text.splitlines()) == len(found.policy["Statement"]) + 2
+    assert found.size <= 32_768 < len(json.dumps(found.policy, indent=2))
+
+
+@pytest.mark.parametrize(("size", "found"), [(32_768, []), (32_769, ["size"]), (131_072, ["size"])])
+def test_check_knows_the_size_that_kms_takes(size: int, found: list[str]) -> None:
+    text = json.dumps({"Statement": [ADMINISTRATION, ATTESTED]})
+    assert [part.code for part in check(Policy.parse(text.ljust(size)))] == found
+
+
+def test_arns_of_several_partitions_are_noted() -> None:
+    china = ROLE.replace(":aws:", ":aws-cn:")
+    for members in (
+        {"admins": [china]},
+        {"encryptors": [china]},
+        {"principals": [ADMIN, china], "admins": [USER]},
+        {"binds": [Bind.parse(f"node=1:{china}")]},
+    ):
+        assert "ARNs are of the partitions aws, aws-cn" in written(**members).warnings[0]
+    assert not any("partition" in warning for warning in written(binds=binds(1)).warnings)
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        {"Policy": json.dumps({"Statement": OPEN}), "PolicyName": "default"},
+        {"Policy": json.dumps({"Statement": OPEN})},
+        json.dumps({"Statement": OPEN}),
+    ],
+    ids=["without --query", "before it had a name", "without --output text"],
+)
+def test_what_the_cli_prints_around_a_policy_is_recognised(printed: object) -> None:
+    with pytest.raises(PolicyError, match="is not the policy, but holds it") as refusal:
+        Policy.parse(json.dumps(printed))
+    assert "--query Policy --output text" in refusal.value.hints[0]
 
 
 def test_warnings_say_what_remains_possible() -> None:

@@ -400,6 +400,82 @@ def test_explain_needs_the_key_where_the_policy_looks_at_it(
         )
 
 
+PINNED: Final = attested(Condition={"StringEqualsIgnoreCase": {f"{KEY}0": OTHER, f"{KEY}8": OTHER}})
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        (["--pcr", f"0={OTHER}", "--pcr", f"8={OTHER}"], 0),
+        (["--pcr", f"0={OTHER}"], 8),  # nobody has told PCR8
+        (["--pcr", f"8={PCR[8]}"], 4),
+        (["--measurements", "build.json"], 8),
+        (["--measurements", "build.json", "--pcr", f"8={OTHER}"], 0),
+        (["--measurements", "build.json", "--pcr", f"8={'0' * 96}"], 4),
+        ([], 4),
+    ],
+)
+def test_explain_without_a_document(tmp_path: Path, options: list[str], status: int) -> None:
+    place(tmp_path, MEASURED, "build.json")
+    options = [option.replace("build.json", str(tmp_path / "build.json")) for option in options]
+    asked = ["policy", "explain", place(tmp_path, policy_of(PINNED)), "--principal", ROLE, *options]
+    run = command(*asked)
+    assert (run.status, run.err) == (status, "")
+    text = " ".join(run.out.decode().split())
+    assert ("whose other PCRs are not known" in text) == bool(options)
+    assert ("a call without attestation" in text) == (not options)
+    shown = json.loads(command(*asked, "--json").out)
+    assert shown["document"] is None
+    assert bool(shown["pcrs"]) == bool(options)
+    assert shown["decision"] == {0: "allowed", 4: "denied", 8: "undetermined"}[status]
+
+
+def test_explain_takes_no_document_beside_pcrs(tmp_path: Path) -> None:
+    file = place(tmp_path, policy_of(PINNED))
+    asked = ["policy", "explain", file, "--principal", ROLE]
+    for options in (["--pcr", f"0={OTHER}"], ["--measurements", file]):
+        refused(command(*asked, "--document", file, *options), 2, "--document tells every PCR")
+    options = ["--pcr", f"0={OTHER}", "--pcr", f"0={PCR[0]}"]
+    refused(command(*asked, *options), 2, "PCR0 is given twice")
+    for action in ("kms:PutKeyPolicy", "kms:ReEncryptFrom", "kms:Encrypt"):
+        run = command(*asked, "--action", action, "--pcr", f"0={OTHER}")
+        refused(run, 2, f"{action} carries no attestation document", "kms:Decrypt")
+    assert command(*asked, "--action", "KMS:decrypt", "--pcr", f"0={PCR[0]}").status == 4
+
+
+def test_the_hint_after_a_refusal_can_be_followed(enclaves: Callable[..., Enclave]) -> None:
+    policy = policy_of(attested(PCR[0]), attested(Action="kms:Encrypt", Condition={}))
+    enclave = enclaves(key_policy=json.dumps(policy), debug=True)
+    enclave.place(enclave.encrypt())
+    run = enclave.decrypt()
+    assert run.status == 4
+    hint = run.err.partition("hint: attestor attest ")[2].splitlines()[0]
+    attest, explain_it = f"attest {hint}".partition(": which")[0].split(", then attestor ")
+    place(enclave.folder, policy, "POLICY")
+    assert enclave.attestor(*attest.split()).status == 0
+    root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
+    told = enclave.attestor(*explain_it.split(), *root)
+    assert (told.status, told.err) == (4, "")
+    assert b"denied: no statement allows" in told.out
+
+
+def test_a_policy_larger_than_kms_takes(tmp_path: Path) -> None:
+    many = [part for number in range(120) for part in ("--bind", f"n={number}:i-{number:017x}")]
+    run = command("policy", "render", *PEOPLE, "--pcr", f"0={OTHER}", *many)
+    refused(run, 2, "bytes, but KMS takes 32,768", "of 120 binds fit: use another key")
+    file = place(tmp_path, policy_of(attested()) | {"Id": "x" * 33_000})
+    run = command("policy", "check", file)
+    assert run.status == 4
+    assert run.out.startswith(b"policy: it has 33,")
+
+
+def test_the_answer_of_get_key_policy_is_recognised(tmp_path: Path) -> None:
+    file = place(tmp_path, {"Policy": json.dumps(policy_of()), "PolicyName": "default"})
+    for arguments in (("check", file), ("explain", file, "--principal", ROLE)):
+        run = command("policy", *arguments)
+        refused(run, 2, f"{file}: the answer of aws kms get-key-policy", "--query Policy")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -438,6 +514,8 @@ def test_the_json_of_explain(enclave: Enclave) -> None:
     assert (run.status, run.err) == (4, "")
     shown = json.loads(run.out)
     statements, document = shown.pop("statements"), shown.pop("document")
+    pcrs = shown.pop("pcrs")
+    assert {pcrs[str(index)] for index in (0, 1, 2, 8)} == {PCR[index] for index in (0, 1, 2, 8)}
     assert shown == {
         "decision": "denied",
         "reason": "no statement allows",
