@@ -8,6 +8,7 @@ Every answer is in three-valued logic: None is what cannot be told from the poli
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -187,6 +188,11 @@ def judge_condition(condition: Condition, values: KnownValues) -> ConditionFindi
         if is_known(condition.key):
             return ConditionFinding(condition, (), None, "the request does not tell this key")
         return ConditionFinding(condition, (), None, "this key is not known here")
+    # "role/team/Enclave" and "role/team/*" may be the role of the session "Enclave"
+    vague = values.pathless and condition.key.lower() == "aws:principalarn"
+    if vague and any(re.search(r":role/.*/", value) for value in condition.values):
+        note = "a session does not tell the path of its role"
+        return ConditionFinding(condition, actual, None, note)
     held, note = compare(condition, actual)
     return ConditionFinding(condition, actual, held, note if held is None else "")
 
@@ -214,11 +220,13 @@ class KnownValues(NamedTuple):
     """The condition keys of a request, as far as they are known.
 
     `values` are by key in lower case, as condition keys have no case; `lacks` tells of any other
-    key, in lower case, whether the request surely lacks it.
+    key, in lower case, whether the request surely lacks it. `pathless` says that aws:PrincipalArn
+    is of a session, which does not tell the path of its role.
     """
 
     values: Mapping[str, tuple[str, ...]]
     lacks: Callable[[str], bool]
+    pathless: bool = False
 
     def of(self, key: str) -> tuple[str, ...] | None:
         """Return the values of a key: () where it is absent, None where that is unknown."""
@@ -255,7 +263,8 @@ def _known_values(request: Request, caller: Caller) -> KnownValues:
         values["kms:encryptioncontextkeys"] = tuple(request.context)
     # last, since what the caller of `evaluate` states is meant to win
     values.update({key.lower(): (value,) for key, value in request.keys.items()})
-    return KnownValues(values, lambda key: _is_absent(key, request))
+    told = any(key.lower() == "aws:principalarn" for key in request.keys)
+    return KnownValues(values, lambda key: _is_absent(key, request), caller.session and not told)
 
 
 def _is_absent(key: str, request: Request) -> bool:

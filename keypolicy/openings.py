@@ -224,7 +224,7 @@ class Openings:
             return judged.held
         question = (statement.number, caller)
         if question not in self._of_caller:
-            own = KnownValues(caller.condition_values(), lambda _: False)
+            own = KnownValues(caller.condition_values(), lambda _: False, caller.session)
             held = (judge_condition(condition, own).held for condition in judged.of_caller)
             self._of_caller[question] = conjunction(held)
         return conjunction((judged.held, self._of_caller[question]))

@@ -77,9 +77,7 @@ class Parents:
             yield Problem("parent_encrypts", problem, "allow it to another role", warning=True)
 
     def _who_may(self, statement: Statement, actions: tuple[str, ...]) -> Caller | None:
-        """Return a parent to whom a statement opens one of these actions without a document."""
-        if statement.effect != "Allow":
-            return None
+        """Return a parent to whom an Allow opens one of these actions without a document."""
         covered = [action for action in actions if covers_action(statement, action)]
         return next(
             (

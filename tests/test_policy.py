@@ -465,6 +465,26 @@ CASES: Final[dict[str, tuple[list[Json], Json, Decision]]] = {
         {},
         DENIED,
     ),
+    "COND: a session does not tell its role's path": (
+        allow(ArnLike={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/team/*"}),
+        {},
+        UNDETERMINED,
+    ),
+    "COND: nor does it for a Deny of others": (
+        deny(ArnNotEquals={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/team/Enclave"}),
+        {},
+        UNDETERMINED,
+    ),
+    "COND: a role tells it": (
+        allow(ArnLike={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/team/*"}),
+        {"principal": ROLE},
+        DENIED,
+    ),
+    "COND: and so does whoever asks": (
+        allow(ArnLike={"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/team/*"}),
+        {"keys": {"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/team/Enclave"}},
+        ALLOWED,
+    ),
     "COND: Null of something else": (allow(Null={PCR0: "maybe"}), {}, UNDETERMINED),
     "COND: a pattern that is no ARN": (allow(ArnLike={"aws:PrincipalArn": "*"}), {}, UNDETERMINED),
     "SETS: no such set operator": (allow(ForSome_StringEquals={PCR0: GOOD}), {}, UNDETERMINED),
@@ -959,6 +979,23 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     "a Deny with an operator that is not evaluated": (
         [OPEN, refuse({"NumericLessThan": {"aws:MultiFactorAuthAge": 9}})],
         ["unattested"],
+    ),
+    "a Deny of others than a path, a session of which is allowed": (
+        [
+            statement(Principal={"AWS": SESSION}),
+            refuse(
+                {"ArnNotLike": {"aws:PrincipalArn": f"arn:aws:iam::{ACCOUNT}:role/team/Enclave"}}
+            ),
+        ],
+        ["unattested"],
+    ),
+    "everyone but one may decrypt": (
+        [statement(Principal=None, NotPrincipal={"AWS": USER})],
+        ["not_principal", "unattested"],
+    ),
+    "everyone but one may, and all are denied": (
+        [statement(Principal=None, NotPrincipal={"AWS": USER}), refuse()],
+        ["not_principal"],
     ),
     "ways around, denied": (
         [
