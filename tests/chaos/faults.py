@@ -52,6 +52,8 @@ SCARCE: Final = {
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PASSIVE: Final = frozenset("stat fstat access readlink lock close opendir readdir".split())
+# between these calls a folder is locked, and another command waits for that a few seconds
+_LISTING: Final = frozenset("lock opendir readdir".split())
 _PASSIVE_SHARE: Final = 3  # of these calls a selection has so many times fewer
 PROMPT_MS: Final = 15  # between raising a signal and the call: time in which a thread can take it
 _TEXT: Final = re.compile(r"([a-z]+):(\d+):([a-z-]*)([A-Z0-9]*)(\+(SIG[A-Z]+)@(\d+))?")
@@ -156,6 +158,7 @@ def _at_call(function: str, *, fills: bool) -> Iterator[str]:
         yield f"before-{number.name}"
         yield f"after-{number.name}"
     yield "before-SIGTERM+SIGHUP@1"  # a second one while the first is being dealt with
-    yield "before-SIGSTOP"
+    if function not in _LISTING:
+        yield "before-SIGSTOP"
     # while the failure is being undone, at the first three calls of that
     yield from (f"{one}+SIGTERM@{after}" for one in errnos[:1] for after in (1, 2, 3))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tests.chaos import faults, places
-from tests.chaos.judge import KINDS, Before, Ending, Judge, Trace, Verdict
+from tests.chaos.judge import KINDS, OUTPUT_STATUS, Before, Ending, Judge, Trace, Verdict
 from tests.chaos.scenarios import SCENARIOS, Inputs
 from tests.chaos.state import State
 
@@ -91,6 +91,7 @@ class Runner:
 
     def one(self, fault: Fault, *, whole: bool = False) -> tuple[Ending, Trace]:
         """Do one run and count what is wrong with it."""
+        self._beside = 0
         before = self._prepare()
         self._state.choose(fault)
         arguments = self.scenario.arguments(self._inputs)
@@ -100,6 +101,9 @@ class Runner:
         verdict = judge.judge(ending, trace)
         if signal.SIGKILL in {ending.signal, *fault.signals} and not ending.hung:
             verdict.found += self._again(judge).found
+        allowed = {0, OUTPUT_STATUS} if self.place.small else {0}
+        if self._beside not in allowed:
+            verdict.add("wrong", f"the other command ended with {self._beside}")
         self._count(fault, verdict, ending, whole=whole)
         if fault.function is not None and not trace.hit:
             self.result.missed += 1
@@ -161,7 +165,8 @@ class Runner:
         if beside == 0:
             command = ["decrypt", "--any-key", f"{self._inputs.folder}/blob", str(other)]
             _become(command, os.open(os.devnull, os.O_WRONLY), None, watched=False)
-        os.waitpid(beside, 0)
+        _, waited = os.waitpid(beside, 0)
+        self._beside = os.waitstatus_to_exitcode(waited)
         other.unlink(missing_ok=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._state.raw.hit_process, signal.SIGCONT)
