@@ -2,42 +2,28 @@
 
 One path for every file that a command writes: `append` fills it, `seal` gives it owner and mode and
 makes its contents durable, `placed` gives one or several of them their names. Until then a file has
-no name (O_TMPFILE), or a hidden one in its target's folder where the file system or a missing /proc
-demands that.
+no name, or a hidden one (`attestor_io.folder`).
 
 A file that is replaced keeps a hidden name until all is done: it comes back by a rename, which
-needs no space, no descriptor and no name, and it comes back as the same file. SIGKILL may leave
-hidden names, of complete files or of files that never got a name; the next command that writes into
-the folder removes them.
+needs no space, no descriptor and no name, and it comes back as the same file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
-import re
 import stat
 import sys
-import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from attestor_io import signals
 from attestor_io.errors import InputError, OutputError
+from attestor_io.folder import HIDDEN, NO_EXCHANGE, Folder, identity_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
     from typing import Self
-
-_HIDDEN: Final = re.compile(r"\.attestor-[0-9a-f]{16}")
-_LOCK_TIMEOUT: Final = 5.0  # seconds
-_RENAME_EXCHANGE: Final = 2  # linux/fs.h
-# open(2): EOPNOTSUPP by a file system without O_TMPFILE, the others by kernels and overlays
-_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
-# rename(2): what a file system, a kernel or a C library says that cannot exchange names
-_NO_EXCHANGE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class Target(Protocol):
@@ -117,68 +103,46 @@ def real_path(path: str) -> str:
 class SecretFile:
     """A file that is absent or complete at any moment; mode 0600 until it is sealed.
 
-    The target's folder is held open, so that nobody can swap it in between; a symbolic link as the
-    target is never followed, but replaced. Raises OutputError for what cannot be prepared.
+    A symbolic link as the target is never followed, but replaced. Raises OutputError for what
+    cannot be prepared.
     """
 
     def __init__(
         self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
     ) -> None:
         self._path, self._force, self._mode, self._owner = path, force, mode, owner
-        folder, self._name = os.path.split(path)
-        self._new = self._old = ""  # hidden names: of this file, and of what it replaces
+        self._old = ""  # the hidden name of what it replaces
         self._placed = False
         self._identity = (0, 0)
-        self._file = self._folder = -1
-        try:
-            with self._errors_translated():
-                self._folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder, self._name = os.path.split(path)
+        with self._errors_translated():
+            self._folder = Folder(folder)
+            try:
                 self._check()
-                _remove_leftovers(self._folder)
-                self._file = self._create()
-        except BaseException:
-            self.close()
-            raise
+                self._folder.claim()
+                self._file, self._new = self._folder.create()  # the latter is its hidden name
+            except BaseException:
+                self._folder.close()
+                raise
 
     def _check(self) -> None:
         """Find out what can be known before KMS is asked."""
         if self._name in {"", ".", ".."}:
             raise self._unwritable("it names a folder")
-        if _HIDDEN.fullmatch(self._name):
+        if HIDDEN.fullmatch(self._name):
             raise self._unwritable("such names are attestor's own, and removed by its next run")
-        mode = self._mode_of(self._name)
-        if mode and not self._force:
+        target = self._folder.status_of(self._name)
+        if target is not None and not self._force:
             raise OutputError(f"{self._path} exists", "--force replaces it")
-        self._check_type(mode)
-        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder, effective_ids=True):
+        self._check_type(target)
+        if not self._folder.is_writable():
             raise self._unwritable("its folder is not writable")
+        if target is not None:
+            self._folder.check_renameable(self._name, target)
 
-    def _check_type(self, mode: int) -> None:
-        if mode and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+    def _check_type(self, target: os.stat_result | None) -> None:
+        if target and not (stat.S_ISREG(target.st_mode) or stat.S_ISLNK(target.st_mode)):
             raise OutputError(f"{self._path} is no file that could be replaced")
-
-    def _mode_of(self, name: str) -> int:
-        """Type and mode of what has the name now; 0 where nothing has it."""
-        try:
-            return os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_mode
-        except FileNotFoundError:
-            return 0
-
-    def _create(self) -> int:
-        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        if os.path.isdir("/proc/self/fd"):  # linkat needs it to find the unnamed file
-            try:
-                return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._folder)
-            except OSError as error:
-                if error.errno not in _NO_TMPFILE:
-                    raise
-        signals.owner.enter()  # a signal finds the name in the list, or not on the disk
-        try:
-            self._new = self._hidden_name()
-            flags |= os.O_CREAT | os.O_EXCL
-            return os.open(self._new, flags, 0o600, dir_fd=self._folder)
-        finally:
-            signals.owner.leave()
 
     def append(self, data: bytes) -> None:
         """Write more of it; raises OutputError."""
@@ -207,40 +171,40 @@ class SecretFile:
     def take_name(self) -> None:
         """Give the file its name, durably; what had it before keeps a hidden one."""
         with self._errors_translated():
-            if self._force and self._mode_of(self._name):
+            if self._force and self._folder.status_of(self._name):
                 self._replace()
             else:
-                self._link(self._name)
+                self._folder.link(self._new or self._file, self._name)
                 self._placed = True
             if self._new:  # where a file system has no unnamed files
-                os.unlink(self._new, dir_fd=self._folder)
-                self._new = _forget(self._new)
-            os.fsync(self._folder)
-            self._identity = _identity(os.fstat(self._file))
+                self._folder.unlink(self._new)
+                self._new = ""
+            self._folder.sync()
+            self._identity = identity_of(os.fstat(self._file))
             os.close(self._file)  # a program that is open for writing cannot be executed
             self._file = -1
 
     def _replace(self) -> None:
         """Swap names with the target, in one step where the file system can."""
         if not self._new:  # linkat replaces nothing, so that the unnamed file needs a name first
-            name = self._hidden_name()
-            self._link(name)
+            name = self._folder.hidden_name()
+            self._folder.link(self._file, name)
             self._new = name
         try:
-            _exchange(self._folder, self._new, self._name)
+            self._folder.exchange(self._new, self._name)
             try:  # what has come into its place since it was looked at may be a folder
-                self._check_type(self._mode_of(self._new))
+                self._check_type(self._folder.status_of(self._new))
             except BaseException:
-                _exchange(self._folder, self._new, self._name)
+                self._folder.exchange(self._new, self._name)
                 raise
             self._new, self._old = "", self._new
         except OSError as error:
-            if error.errno not in _NO_EXCHANGE:
+            if error.errno not in NO_EXCHANGE:
                 raise
-            self._old = self._hidden_name()
-            self._in_folder(os.link, self._name, self._old, follow_symlinks=False)
-            self._in_folder(os.rename, self._new, self._name)
-            self._new = _forget(self._new)
+            self._old = self._folder.hidden_name()
+            self._folder.link(self._name, self._old)
+            self._folder.rename(self._new, self._name)
+            self._new = ""
         self._placed = True
 
     def take_back(self) -> None:
@@ -249,44 +213,25 @@ class SecretFile:
             with contextlib.suppress(OSError):
                 if self._placed and self._has_its_name():
                     if self._old:
-                        self._in_folder(os.rename, self._old, self._name)
-                        self._old = _forget(self._old)
+                        self._folder.rename(self._old, self._name)
+                        self._old = ""
                     else:
-                        os.unlink(self._name, dir_fd=self._folder)
+                        self._folder.unlink(self._name)
                 self._placed = False
                 return
-        self._old = _forget(self._old)  # what was replaced is not lost: it stays under this name
+        self._folder.disown(self._old)  # what was replaced is not lost: it stays under this name
+        self._old = ""
 
     def _has_its_name(self) -> bool:
-        ours = self._identity if self._file < 0 else _identity(os.fstat(self._file))
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            return _identity(found) == ours
-        return False
+        ours = self._identity if self._file < 0 else identity_of(os.fstat(self._file))
+        found = self._folder.status_of(self._name)
+        return found is not None and identity_of(found) == ours
 
     def drop_replaced(self) -> None:
         """Remove what was replaced, for good; raises OutputError."""
         with self._errors_translated():
-            os.unlink(self._old, dir_fd=self._folder)
-            self._old = _forget(self._old)
-
-    def _link(self, name: str) -> None:
-        """Give our file this name, which nothing may have."""
-        if self._new:
-            self._in_folder(os.link, self._new, name, follow_symlinks=False)
-        else:
-            # dst_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW, which open(2) prescribes
-            # for the files of O_TMPFILE
-            source = f"/proc/self/fd/{self._file}"
-            os.link(source, name, dst_dir_fd=self._folder, follow_symlinks=True)
-
-    def _in_folder(self, change: Callable[..., None], old: str, new: str, **flags: bool) -> None:
-        change(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder, **flags)
-
-    def _hidden_name(self) -> str:
-        name = f".attestor-{os.urandom(8).hex()}"
-        _hidden_names[name] = self._folder
-        return name
+            self._folder.unlink(self._old)
+            self._old = ""
 
     @contextlib.contextmanager
     def _errors_translated(self) -> Iterator[None]:
@@ -313,10 +258,10 @@ class SecretFile:
     def close(self) -> None:
         """Remove what has a hidden name, and give the descriptors back."""
         for name in filter(None, (self._new, self._old)):
-            _remove(name)
-        for descriptor in (self._file, self._folder):
-            if descriptor >= 0:
-                os.close(descriptor)
+            self._folder.remove(name)
+        if self._file >= 0:
+            os.close(self._file)
+        self._folder.close()
 
 
 @contextlib.contextmanager
@@ -349,76 +294,6 @@ def _drop_replaced(files: Sequence[SecretFile]) -> None:
                 raise
             with contextlib.suppress(OutputError):  # if it stays, the next command removes it
                 file.drop_replaced()
-
-
-_hidden_names: Final[dict[str, int]] = {}
-"""The hidden names that this process made, and the folders that they are in."""
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    """Device and inode, by which a file is told from others."""
-    return status.st_dev, status.st_ino
-
-
-def _forget(name: str) -> str:
-    """Take a name that is gone off the list; returns none, to be kept in its place."""
-    _hidden_names.pop(name, None)
-    return ""
-
-
-def _remove(name: str) -> None:
-    """Remove a hidden name of ours, whatever the first attempt says."""
-    for _ in range(2):
-        with contextlib.suppress(OSError):
-            os.unlink(name, dir_fd=_hidden_names.get(name, -1))
-            break
-    _forget(name)
-
-
-def _remove_all() -> None:
-    for name in list(_hidden_names):
-        _remove(name)
-
-
-signals.owner.clean_up = _remove_all
-
-
-def _remove_leftovers(folder: int) -> None:
-    """Remove the hidden names of dead processes from a folder that is held open.
-
-    Living ones hold a shared lock on the folder as long as they may have names in it. A folder that
-    cannot be locked (NFS) or listed keeps them; one that somebody else keeps locked is unusable,
-    since without the lock our own names would be taken for those of the dead: BlockingIOError.
-    """
-    with contextlib.suppress(OSError):
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in filter(_HIDDEN.fullmatch, os.listdir(folder)):
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=folder)
-    deadline = time.monotonic() + _LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:  # whoever else removes some now is done in no time
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        except OSError:
-            return
-        else:
-            return
-
-
-def _exchange(folder: int, name: str, other: str) -> None:
-    """Exchange two names in one folder (renameat2(2)); raises OSError (ENOSYS: not in libc)."""
-    import ctypes
-
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    if rename(folder, os.fsencode(name), folder, os.fsencode(other), _RENAME_EXCHANGE):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

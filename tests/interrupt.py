@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 import attestor
-from attestor_io import secret_file
+from attestor_io import folder, secret_file
 
 
 def without_exchange(*_: object) -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         isdir = os.path.isdir  # as where /proc is not mounted
         os.path.isdir = lambda path: path != "/proc/self/fd" and isdir(path)  # type: ignore[assignment]  # on purpose
     if "NO_EXCHANGE" in os.environ:
-        secret_file._exchange = without_exchange  # type: ignore[assignment]  # it takes anything
+        folder._exchange = without_exchange  # type: ignore[assignment]  # it takes anything
     original = getattr(os, point)
     calls = iter([False, True] if second else [True])
 

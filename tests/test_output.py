@@ -136,6 +136,27 @@ def test_a_read_only_folder(ready: Enclave, namespaces: None) -> None:
     assert "cannot be written" in run.error
 
 
+NOT_ASKED: Final = ("--endpoint-url", "https://127.0.0.1:1")  # status 5 if KMS were asked
+
+
+def test_a_target_that_something_is_mounted_on(ready: Enclave, namespaces: None) -> None:
+    ready.place(b"the old one", "out")
+    run = unshared(
+        ready, f"mount --bind blob out && attestor --force {' '.join(NOT_ASKED)} blob out"
+    )
+    refused(ready, run, "out cannot be written: something is mounted on it", {"blob", "out"})
+
+
+def test_a_sticky_folder_with_the_file_of_another_user(ready: Enclave) -> None:
+    ready.place(b"the old one", "out")
+    ready.folder.chmod(0o1777)
+    program = "import os; os.geteuid = lambda: 65533; import attestor; attestor.main()"
+    command = ("decrypt", "--any-key", "--force", *NOT_ASKED, "blob", "out")
+    run = ready.run(sys.executable, "-c", program, *command)
+    refused(ready, run, "the sticky bit", {"blob", "out"})
+    assert (ready.folder / "out").read_bytes() == b"the old one"
+
+
 @pytest.mark.parametrize("options", ["", "--force"])
 def test_without_proc_a_temporary_name_serves(
     ready: Enclave, namespaces: None, options: str
@@ -282,9 +303,9 @@ def test_what_comes_into_the_place_of_the_target_is_not_swallowed(
     ready.place(b"the old one", "out")
     program = (
         "import os\n"
-        "from attestor_io import secret_file\n"
+        "from attestor_io import folder, secret_file\n"
         "from tests import interrupt\n"
-        f"if {bool(exchange)}: secret_file._exchange = interrupt.without_exchange\n"
+        f"if {bool(exchange)}: folder._exchange = interrupt.without_exchange\n"
         "replace = secret_file.SecretFile._replace\n"
         "def late(self):\n"
         f"    os.unlink('out'); os.{kind}('out')\n"
