@@ -54,6 +54,35 @@ _MOTOS_OWN: Final = frozenset(
 )
 
 
+class _Backend(KmsBackend):
+    """moto's keys, the multi-Region ones with the ids of AWS: "mrk-" and 32 digits, not a UUID's
+    36 characters.
+    """
+
+    def create_key(
+        self,
+        policy: str | None,
+        key_usage: str,
+        key_spec: str,
+        description: str,
+        tags: list[dict[str, str]] | None,
+        multi_region: bool = False,
+        origin: str = "AWS_KMS",
+    ) -> Key:
+        key = super().create_key(
+            policy, key_usage, key_spec, description, None, multi_region, origin
+        )
+        if multi_region:
+            del self.keys[key.id]
+            key.id = f"mrk-{key.id.removeprefix('mrk-').replace('-', '')}"
+            key.arn = f"{key.arn.rpartition('/')[0]}/{key.id}"
+            key.multi_region_configuration["PrimaryKey"]["Arn"] = key.arn
+            self.keys[key.id] = key
+        if tags:
+            self.tagger.tag_resource(key.id, tags)
+        return key
+
+
 class _Moto(KmsResponse):
     """moto's operations on one backend of ours instead of its global ones, without its request
     dispatcher.
@@ -70,12 +99,17 @@ class _Moto(KmsResponse):
     def kms_backend(self) -> KmsBackend:
         return self._backend
 
+    def _validate_cmk_id(self, key_id: str) -> None:
+        """Refuse what is no key's id; moto takes that of a multi-Region key for none."""
+        if self._backend.get_key_id(key_id) not in self._backend.keys:
+            super()._validate_cmk_id(key_id)
+
 
 class Keys:
     """Every key of one account in one region."""
 
     def __init__(self, region: str, account: str) -> None:
-        self._backend = KmsBackend(region, account)
+        self._backend = _Backend(region, account)
         self._arn = f"arn:{self._backend.partition}:kms:{region}:{account}:"
 
     def create(self, policy: str, alias: str, description: str) -> Key:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import io
+import re
 import socket
 import socketserver
 import ssl
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from typing import Self
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-BODY_MAX: Final = 1 << 20  # of a request; KMS's own are far smaller
+BODY_MAX: Final = 64 << 20  # of a request: an object; those of KMS are far smaller
 _PATIENCE: Final = 60.0  # seconds that a client may take for a handshake, or be idle
 _CHUNK: Final = 1 << 14
+_LINE_MAX: Final = 1 << 12
 
 FAULTS: Final[Mapping[str, str]] = {
     "tls-other-ca": "a certificate from another CA",
@@ -51,6 +53,14 @@ class HangUp(Exception):  # noqa: N818 - no error: the application's wish
 
 class Silence(Exception):  # noqa: N818 - no error: the application's wish
     """Raised by a WSGI application: do not answer, keep the connection until the client goes."""
+
+
+class _UnreadableError(Exception):
+    """A request whose body cannot be taken, with the status of the answer."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class HttpServer:
@@ -280,7 +290,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """As POST."""
         self.do_POST()
 
+    def do_HEAD(self) -> None:
+        """As POST."""
+        self.do_POST()
+
     def do_PUT(self) -> None:
+        """As POST."""
+        self.do_POST()
+
+    def do_DELETE(self) -> None:
         """As POST."""
         self.do_POST()
 
@@ -288,15 +306,42 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Log nothing: the output belongs to the command that is run beside this."""
 
     def _read_body(self) -> bytes | None:
+        """The body of a request; None for one that was refused, with its connection."""
+        try:
+            return self._read_whole()
+        except _UnreadableError as error:
+            self.send_error(error.status)
+            self.close_connection = True
+            return None
+
+    def _read_whole(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
+        if self.command == "PUT" and self.headers.get("Transfer-Encoding") == "chunked":
+            return self._read_chunks()
         if "Transfer-Encoding" in self.headers or not length.isascii() or not length.isdigit():
-            self.send_error(411)
-        elif int(length) > BODY_MAX:
-            self.send_error(413)
-        else:
-            return self.rfile.read(int(length))
-        self.close_connection = True
-        return None
+            raise _UnreadableError(411)
+        if int(length) > BODY_MAX:
+            raise _UnreadableError(413)
+        return self.rfile.read(int(length))
+
+    def _read_chunks(self) -> bytes:
+        """A body of unknown length, RFC 9112, clause 7.1: how SDKs upload objects."""
+        body = bytearray()
+        while size := self._chunk_size():
+            if size > BODY_MAX - len(body):
+                raise _UnreadableError(413)
+            body += self.rfile.read(size)
+            if self.rfile.readline(_LINE_MAX) != b"\r\n":
+                raise _UnreadableError(400)
+        while self.rfile.readline(_LINE_MAX).strip():
+            pass  # trailers, of which no client of ours makes use
+        return bytes(body)
+
+    def _chunk_size(self) -> int:
+        digits = self.rfile.readline(_LINE_MAX).partition(b";")[0].strip()
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", digits):
+            raise _UnreadableError(400)
+        return int(digits, 16)
 
     def _respond(self, body: bytes) -> None:
         started: list[tuple[str, list[tuple[str, str]]]] = []
@@ -332,7 +377,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for chunk in chunks:
             self.wfile.write(chunk)
             left = None if left is None else left - len(chunk)
-        if left:
+        if left and self.command != "HEAD":
             self.close_connection = True
 
     def _environ(self, body: bytes) -> WSGIEnvironment:
@@ -353,6 +398,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": "https",
             "wsgi.input": io.BytesIO(body),
+            "wsgi.input_terminated": True,  # whatever Transfer-Encoding it came with
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
             "wsgi.multiprocess": False,

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import http.client
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -314,6 +315,33 @@ def test_a_new_key_and_alias_work_in_the_same_account(fresh: Service) -> None:
     )
     with refused("IncorrectKeyException"):
         client.decrypt(CiphertextBlob=sealed["CiphertextBlob"], KeyId=kms.ALIAS)
+
+
+def test_a_multi_region_key_has_an_id_as_aws_gives_it(fresh: Service) -> None:
+    """ "mrk-" and 32 hexadecimal digits; moto's is a UUID behind the prefix."""
+    client = fresh.client()
+    made = client.create_key(MultiRegion=True, Tags=[{"TagKey": "a", "TagValue": "b"}])[
+        "KeyMetadata"
+    ]
+    assert re.fullmatch(r"mrk-[0-9a-f]{32}", made["KeyId"])
+    assert made["Arn"].endswith(f":key/{made['KeyId']}")
+    assert made["MultiRegionConfiguration"]["PrimaryKey"]["Arn"] == made["Arn"]
+    client.create_alias(AliasName="alias/many", TargetKeyId=made["KeyId"])
+    for name in (made["KeyId"], made["Arn"], "alias/many"):
+        sealed = client.encrypt(KeyId=name, Plaintext=SECRET)["CiphertextBlob"]
+        assert client.decrypt(CiphertextBlob=sealed, KeyId=name)["Plaintext"] == SECRET
+        assert client.describe_key(KeyId=name)["KeyMetadata"]["KeyId"] == made["KeyId"]
+    assert client.list_resource_tags(KeyId=made["KeyId"])["Tags"] == [
+        {"TagKey": "a", "TagValue": "b"}
+    ]
+    client.disable_key(KeyId=made["KeyId"])
+    with refused("DisabledException"):
+        client.encrypt(KeyId=made["KeyId"], Plaintext=SECRET)
+    for name in ("mrk-" + 32 * "0", "mrk-12345678-1234-1234-1234-123456789012"):
+        with refused("NotFoundException"):
+            client.describe_key(KeyId=name)
+    with refused("NotFoundException"):
+        client.create_alias(AliasName="alias/none", TargetKeyId="mrk-" + 32 * "0")
 
 
 def test_two_simulators_share_no_key(fresh: Service, client: KMSClient) -> None:
@@ -1088,7 +1116,7 @@ def test_threads_end_with_their_clients(
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Content-Length": "x"}, {"Content-Length": "9999999"}, {"Transfer-Encoding": "chunked"}],
+    [{"Content-Length": "x"}, {"Content-Length": "99999999"}, {"Transfer-Encoding": "chunked"}],
 )
 def test_bodies_that_cannot_be_read_are_refused(service: Service, headers: dict[str, str]) -> None:
     with contextlib.closing(service.connect()) as connection:
