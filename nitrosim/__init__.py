@@ -7,7 +7,10 @@ Importing this package opens nothing, starts nothing and loads none of its parts
 from __future__ import annotations
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    """Say in one line what to install where a package of the extra `sim` is not there."""
+def missing_package(error: ImportError) -> str:
+    """Say in one line what to install where a package of the extra `sim` is not there, or is of a
+    version that lacks what the simulator uses.
+    """
     package = (error.name or "a package").partition(".")[0]
-    return f"the simulator needs {package}: install nitro-attestor with the extra sim"
+    needed = package if isinstance(error, ModuleNotFoundError) else f"another version of {package}"
+    return f"the simulator needs {needed}: install nitro-attestor with the extra sim"

@@ -8,11 +8,13 @@ simulator cannot start.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -39,7 +41,7 @@ class _Cli(click.Group):
             sys.exit(2)
         except click.ClickException as error:
             _fail(error.format_message().rstrip("."), error.exit_code)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             _fail(missing_package(error), 2)
         except click.Abort:
             sys.exit(128 + signal.SIGINT)
@@ -148,26 +150,81 @@ def run(command: tuple[str, ...], **options: Any) -> int:
     help="the parent's services on vsock: 8000 KMS, 8001 S3, 8002 metadata, 8003 status lines, "
     "shown on stderr",
 )
-def serve(**options: Any) -> None:
+@click.option(
+    "--ready-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="written in one step when all answers, with what would be printed; gone in the end",
+)
+def serve(*, ready_file: Path | None, **options: Any) -> None:
     """Start both and stay; prints the environment that leads a command to them, as shell commands.
 
     \b
     Example:
-      nitrosim serve > simulator.env &
+      nitrosim serve --ready-file simulator.env &
+      while kill -0 $! && ! test -e simulator.env; do sleep 0.1; done
       . ./simulator.env
 
     Ends with SIGINT or SIGTERM.
     """
     ending = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the threads start, which inherit it
-    with _world(**options, on_status=_show) as world:
-        for line in [
+    with _ready_file(ready_file) as show, _world(**options, on_status=_show) as world:
+        if options["vsock"]:
+            from nitrosim.parent import unreachable
+
+            for problem in unreachable():
+                _show(f"nitrosim: warning: {problem}")
+        lines = [
             *_exports(world.environment(os.environ)),
             *_container(world, world.environment({})),
-        ]:
-            click.echo(line)
-        sys.stdout.flush()
+        ]
+        show("".join(f"{line}\n" for line in lines))
         signal.sigwait(ending)
+
+
+@contextlib.contextmanager
+def _ready_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """What shows a text, on standard output or as the whole of a file at once, which is there no
+    longer than this lasts.
+    """
+    if path is None:
+        yield _print
+        return
+    with _errors_of(path):
+        path.parent.stat()
+        path.unlink(missing_ok=True)  # of a server that was killed
+    try:
+        yield functools.partial(_write_whole, path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _print(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file of this user's that nobody sees half of: it names credentials, if simulated
+    ones.
+    """
+    with (
+        _errors_of(path),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work,
+    ):
+        whole = Path(work, path.name)
+        whole.touch(mode=0o600)
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise click.UsageError(f"--ready-file {path}: {error.strerror}") from error
 
 
 def _show(line: str) -> None:

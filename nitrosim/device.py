@@ -17,6 +17,7 @@ import selectors
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from nsm.module import REQUEST_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -37,6 +38,8 @@ _LIBRARIES: Final = ("-ldl",)
 _PATH_MAX: Final = 107  # sun_path of unix(7), without its NUL
 _BACKLOG: Final = 128
 _PAUSE: Final = 0.05  # seconds
+_SEPARATORS: Final = frozenset(" :\t\n")  # of the names in LD_PRELOAD
+_WRITABLE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class SimulatorError(Exception):
@@ -54,16 +57,14 @@ class Module(Protocol):
 def build_shim(folder: Path | None = None) -> Path:
     """Compile the shim, unless the folder has it already, and return its path.
 
-    The folder is a cache of this user alone, ~/.cache/nitrosim by default; the compiler is cc, or
-    what CC names. Raises SimulatorError without a compiler, and for a folder that cannot be used.
+    The folder is a cache that this user alone writes to, by default one that every user can read;
+    the compiler is cc, or what CC names. Raises SimulatorError without a compiler, and for a folder
+    that cannot be used.
     """
     compiler = _compiler()
-    folder = (
-        folder
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nitrosim"
-    )
+    folder = folder or _cache()
     library = folder.absolute() / f"shim-{_fingerprint(compiler)}.so"
-    if set(str(library)) & set(" :\t\n"):  # what separates the names in LD_PRELOAD
+    if _SEPARATORS & set(str(library)):
         raise SimulatorError(f"a path with a blank or a colon cannot be preloaded: {library}")
     try:
         if not library.exists():
@@ -72,6 +73,39 @@ def build_shim(folder: Path | None = None) -> Path:
     except OSError as error:
         raise SimulatorError(f"cannot build the shim in {folder}: {error}") from error
     return library
+
+
+def _cache() -> Path:
+    """nitrosim-UID in the system's temporary folder: a program that is started as root and becomes
+    another user still needs the shim, and what lies below root's home it cannot read. Where that
+    folder will not do, it is ~/.cache/nitrosim.
+    """
+    shared = Path(tempfile.gettempdir()).absolute() / f"nitrosim-{os.geteuid()}"
+    if not _SEPARATORS & set(str(shared)) and _is_ours_alone(shared):
+        return shared
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nitrosim"
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Whether a folder of a name that anybody can foresee is this user's, is nobody else's to write
+    to or to replace, and holds code that may run; it is made where it is missing.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        own, parent = folder.lstat(), folder.parent.stat()
+        if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.geteuid():
+            return False  # somebody was here before
+        if parent.st_uid not in {0, os.geteuid()}:
+            return False
+        if parent.st_mode & _WRITABLE and not parent.st_mode & stat.S_ISVTX:
+            return False  # anybody may rename it
+        if own.st_mode & _WRITABLE:
+            return False  # anybody may have put something into it
+        folder.chmod(0o755)
+        return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:
+        return False
 
 
 def _compiler() -> list[str]:
@@ -103,14 +137,26 @@ def _compile(compiler: list[str], library: Path) -> None:
             raise SimulatorError(
                 f"{compiler[0]} cannot compile {_SOURCE.name}: {done.stderr.strip()}"
             )
+        output.chmod(0o755)
         output.replace(library)
+
+
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """A new folder of a name that nobody foresees, which every user may enter and only this one
+    write to; it is removed in the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="nitrosim-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 class SimulatedDevice:
     """Serves one module to every process that runs in its `environment`, until it is closed.
 
-    The socket lives in a new private folder, or in `folder` when other users are to reach it.
-    Raises SimulatorError when it cannot be started.
+    The socket lives in a new folder, or in `folder`. Every user may use it: a process that becomes
+    another user still has the device. Raises SimulatorError when it cannot be started.
     """
 
     def __init__(self, module: Module, *, folder: Path | None = None) -> None:
@@ -118,9 +164,7 @@ class SimulatedDevice:
         self._unanswered: list[socket.socket] = []
         self._shim = build_shim()
         with contextlib.ExitStack() as cleanup:
-            home = folder or Path(
-                cleanup.enter_context(tempfile.TemporaryDirectory(prefix="nitrosim-"))
-            )
+            home = folder or cleanup.enter_context(open_folder())
             self.socket = home.absolute() / "nsm.sock"
             listener = cleanup.enter_context(_listen(self.socket))
             cleanup.callback(self.socket.unlink, missing_ok=True)

@@ -16,6 +16,7 @@ import json
 import selectors
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nitrosim.device import SimulatorError
@@ -35,7 +36,10 @@ LINE_MAX: Final = 4096  # bytes of a status line
 _CHUNK: Final = 1 << 16
 _BACKLOG: Final = 128
 _PATIENCE: Final = 10.0  # seconds: for a service to be reached, and for a status line to come
+_LOOP_PATIENCE: Final = 1.0
 _PAUSE: Final = 0.05
+_CID_LOCAL: Final = 1  # VMADDR_CID_LOCAL, vsock(7)
+_VIRTUAL_MACHINES: Final = Path("/dev/vhost-vsock")
 
 
 class Ports(NamedTuple):
@@ -82,6 +86,35 @@ def _listen(port: int) -> socket.socket:
             "makes vsock on one machine"
         ) from error
     return listener
+
+
+def unreachable() -> list[str]:
+    """Whom vsock ports of this machine are out of reach for, and what would bring them there; empty
+    where its own programs reach them.
+    """
+    if _loops_back():
+        return []
+    told = (
+        "no program on this machine reaches the vsock ports: context id 1 does not answer; "
+        "modprobe vsock_loopback"
+    )
+    if _VIRTUAL_MACHINES.exists():
+        return [f"{told}; a virtual machine reaches them at context id 2"]
+    return [told, f"no virtual machine reaches them: no {_VIRTUAL_MACHINES}; modprobe vhost_vsock"]
+
+
+def _loops_back() -> bool:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener,
+        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as caller,
+    ):
+        listener.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+        listener.listen()
+        caller.settimeout(_LOOP_PATIENCE)  # another transport would take the call, and be silent
+        caller.connect((_CID_LOCAL, listener.getsockname()[1]))
+        return True
+    return False
 
 
 def forward_to(port: int) -> Service:

@@ -27,7 +27,7 @@ def nitrosim_world() -> Iterator[World]:
     """
     try:
         from nitrosim.world import World
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise pytest.fail.Exception(missing_package(error), pytrace=False) from None
     with World() as world:
         yield world

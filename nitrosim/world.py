@@ -8,17 +8,16 @@ with World(pcrs={0: pcr0}) as world:
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nitrosim import kms, metadata, module, objects, server
-from nitrosim.device import SimulatedDevice
+from nitrosim.device import SimulatedDevice, open_folder
 from nitrosim.pki import NsmPki
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -156,9 +155,10 @@ class World:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as parts:
-            self.folder = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="nitrosim-")))
-            (self.folder / "ca.pem").write_bytes(self._server.ca_pem)
-            (self.folder / "nsm-root.der").write_bytes(self._root_der)
+            self.folder = parts.enter_context(open_folder())
+            for name, data in (("ca.pem", self._server.ca_pem), ("nsm-root.der", self._root_der)):
+                (self.folder / name).write_bytes(data)
+                (self.folder / name).chmod(0o644)  # whatever the umask: other users verify, too
             parts.enter_context(self._server)
             if self._metadata:
                 parts.enter_context(self._metadata)
@@ -179,7 +179,7 @@ class World:
 
     def _new_device(self) -> SimulatedDevice | CuseDevice:
         if self.device is None:
-            return SimulatedDevice(self.module)
+            return SimulatedDevice(self.module, folder=self.folder)
         from nitrosim.cuse import CuseDevice
 
         return CuseDevice(self.module, self.device)

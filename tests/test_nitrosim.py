@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from nitrosim import parent
 from nitrosim.kms import default_policy
 from nitrosim.module import DEFAULT_PCRS
 from nitrosim.world import FAULTS
@@ -155,6 +157,17 @@ def test_a_principal_of_ones_own(tmp_path: Path) -> None:
     )
 
 
+def in_served_world(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The main job in a shell that reads simulator.env."""
+    script = (
+        f'. ./simulator.env; "{sys.executable}" -c "{ENCRYPT}" && '
+        f'"{BIN}/attestor" decrypt --any-key blob out'
+    )
+    return subprocess.run(
+        ["sh", "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
 def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
     with subprocess.Popen(
         [BIN / "nitrosim", "serve"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -166,16 +179,92 @@ def test_serve_prints_the_environment_and_stays(tmp_path: Path) -> None:
             assert line
             lines.append(line)
         (tmp_path / "simulator.env").write_text("".join(lines))
-        script = (
-            f'. ./simulator.env; "{sys.executable}" -c "{ENCRYPT}" && '
-            f'"{BIN}/attestor" decrypt --any-key blob out'
-        )
-        done = subprocess.run(
-            ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = in_served_world(tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=10) == 0
+
+
+def test_serve_in_the_background_as_the_documents_say(tmp_path: Path) -> None:
+    """The ready file is whole when it is there, whatever an earlier server left, and goes with the
+    server.
+    """
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(nitrosim serve --ready-file.*?)```", text, re.DOTALL)
+    rest = f"""
+        stat -c %a simulator.env
+        "{sys.executable}" -c "{ENCRYPT}" && "{BIN}/attestor" decrypt --any-key blob out
+        kill $! && LD_PRELOAD= wait $!
+        echo $?
+    """
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", "-ec", block + rest],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "600\n0\n", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"blob", "out"}
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("absent/file", "No such file or directory"), (".", "Is a directory")]
+)
+def test_a_ready_file_that_cannot_be(tmp_path: Path, path: str, reason: str) -> None:
+    done = nitrosim(tmp_path, "serve", "--ready-file", path)
+    assert done.returncode == 2
+    assert done.stderr == f"nitrosim: error: --ready-file {path}: {reason}\n"
+
+
+def test_a_server_that_cannot_start_leaves_no_ready_file(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("of a server that was killed")
+    done = nitrosim(tmp_path, "serve", "--ready-file", "old", "--fault", "frobnicate")
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("loops", "machines", "told"),
+    [
+        (True, False, []),
+        (True, True, []),
+        (False, True, [r"no program .* modprobe vsock_loopback; a virtual machine reaches them"]),
+        (
+            False,
+            False,
+            ["no program .* modprobe vsock_loopback", "no virtual machine .*vhost_vsock"],
+        ),
+    ],
+)
+def test_whom_vsock_is_out_of_reach_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loops: bool, machines: bool, told: list[str]
+) -> None:
+    monkeypatch.setattr(parent, "_loops_back", lambda: loops)
+    monkeypatch.setattr(parent, "_VIRTUAL_MACHINES", tmp_path if machines else tmp_path / "absent")
+    found = parent.unreachable()
+    assert len(found) == len(told)
+    for line, pattern in zip(found, told, strict=True):
+        assert re.search(pattern, line)
+
+
+def test_vsock_without_a_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, where a call to context id 1 goes to the hypervisor, or nowhere at all."""
+
+    class NoLoopback(socket.socket):
+        def __init__(self, *_: object) -> None:
+            super().__init__(socket.AF_INET, socket.SOCK_STREAM)
+
+        def bind(self, _address: object) -> None:
+            super().bind(("127.0.0.1", 0))
+
+        def connect(self, _address: object) -> None:
+            raise TimeoutError
+
+    monkeypatch.setattr(socket, "socket", NoLoopback)
+    assert not parent._loops_back()
+
+
+@pytest.mark.vsock
+def test_vsock_with_a_loopback() -> None:
+    assert parent.unreachable() == []
 
 
 def test_the_commands_in_the_documents(tmp_path: Path) -> None:
@@ -192,6 +281,43 @@ def test_the_commands_in_the_documents(tmp_path: Path) -> None:
         statuses.append(done.returncode)
     assert statuses == [0, 4, 5, 4]
     assert (tmp_path / "out").read_text() == "the secret\n"
+
+
+def test_another_user_finds_the_module_and_the_roots(tmp_path: Path) -> None:
+    """After setpriv, say: what lies in root's home is not there for anybody else."""
+    script = """
+        for path in "$LD_PRELOAD" "$NITROSIM_NSM_SOCKET" "$AWS_CA_BUNDLE" "$NITROSIM_NSM_ROOT"; do
+            stat -Lc '%A %n' "$path"
+            while path=$(dirname "$path") && test "$path" != /; do stat -Lc '%A %n' "$path"; done
+        done
+    """
+    done = nitrosim(
+        tmp_path, "run", "--", "sh", "-ec", f"umask 077; {script}",
+        environment={"XDG_CACHE_HOME": str(tmp_path / "private"), "LD_PRELOAD": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in done.stdout.splitlines():
+        mode, path = line.split(" ", 1)
+        assert mode[9] in "xt" if mode[0] == "d" else mode[7] == "r", path
+        assert mode[8] == "-" or mode[0] == "s" or mode[9] == "t", f"planted at {path}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+def test_a_program_that_becomes_another_user(tmp_path: Path) -> None:
+    script = ': < /dev/nsm && test -c /dev/nsm && cat "$AWS_CA_BUNDLE" > /dev/null'
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    done = nitrosim(tmp_path, "run", "--", *other, "sh", "-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_version_of_moto(tmp_path: Path) -> None:
+    (tmp_path / "moto" / "utilities").mkdir(parents=True)
+    for module in ("", "utilities/", "utilities/utils/"):
+        (tmp_path / "moto" / module).mkdir(exist_ok=True)
+        (tmp_path / "moto" / module / "__init__.py").touch()
+    done = nitrosim(tmp_path, "faults", environment={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search("needs (another version of )?moto: install .* the extra sim", done.stderr)
 
 
 def test_faults_are_listed(tmp_path: Path) -> None:

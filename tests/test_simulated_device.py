@@ -810,13 +810,13 @@ def test_environment_keeps_what_was_preloaded(device: SimulatedDevice) -> None:
 
 def test_close_leaves_nothing(tmp_path: Path) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    private = SimulatedDevice(Answers())
+    own = SimulatedDevice(Answers())
     named = SimulatedDevice(Answers(), folder=tmp_path)
-    assert stat.S_IMODE(private.socket.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(own.socket.parent.stat().st_mode) == 0o755
     assert stat.S_IMODE(named.socket.stat().st_mode) == 0o666
-    for device in (private, named, private):
+    for device in (own, named, own):
         device.close()
-    assert not private.socket.parent.exists()
+    assert not own.socket.parent.exists()
     assert list(tmp_path.iterdir()) == []
     assert sorted(os.listdir("/proc/self/fd")) == before
 
