@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -138,6 +139,18 @@ def enclaves(tmp_path: Path) -> Iterator[Callable[..., Enclave]]:
     """Makes enclaves with other options of World; all of them see one folder."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: Enclave(stack.enter_context(World(**options)), tmp_path)
+
+
+@contextlib.contextmanager
+def no_thread_stays() -> Iterator[None]:
+    """Every thread that was started in it ends, if not at once: one that has given back all that it
+    had may still be on its way out.
+    """
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive(), thread
 
 
 @pytest.fixture(scope="session")

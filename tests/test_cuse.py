@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +25,7 @@ from nitrosim.cuse import CuseDevice, Dialogue
 from nitrosim.device import SimulatorError
 from nitrosim.module import SoftwareNsm
 from nsm.device import NSM_IOCTL_RAW
+from tests.conftest import no_thread_stays
 from tests.test_simulated_device import DESCRIBE_NSM, GOLDEN, PKI, Answers
 
 if TYPE_CHECKING:
@@ -365,8 +365,7 @@ def fake_channel(monkeypatch: pytest.MonkeyPatch, module: Any) -> FakeChannel:
 
 def test_a_device_and_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_channel(monkeypatch, SoftwareNsm(PKI))
-    before = threading.active_count()
-    with fake.kernel, fake.make() as device:
+    with no_thread_stays(), fake.kernel, fake.make() as device:
         assert device.environment({"HOME": "/"}) == {"HOME": "/"}
         assert fake.kernel.recv(4096).endswith(b"DEVNAME=nitrosim-test\0")
         assert fake.ask(message(cuse.OPEN, bytes(8)))[0] == 0
@@ -376,7 +375,6 @@ def test_a_device_and_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fake.ask(message(cuse.RELEASE, bytes(24)))[0] == 0
         device.close()
         assert fake.kernel.recv(4096) == b""  # closed
-    assert threading.active_count() == before
 
 
 def test_who_waits_at_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,15 +444,14 @@ def test_without_cuse_or_root(monkeypatch: pytest.MonkeyPatch, number: int, part
 
 def test_serve_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One line and status 1, and nothing is left running."""
-    before = threading.active_count()
     monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)  # of the test's own process
     monkeypatch.setattr(cuse, "CHANNEL", tmp_path / "cuse")
-    done = CliRunner().invoke(cli, ["serve", "--device", "/dev/nitrosim-test"])
+    with no_thread_stays():
+        done = CliRunner().invoke(cli, ["serve", "--device", "/dev/nitrosim-test"])
     assert done.exit_code == 1
     assert re.fullmatch(
         r"nitrosim: error: cannot start: this kernel offers no device.*modprobe cuse\n", done.output
     )
-    assert threading.active_count() == before
 
 
 def test_what_a_container_is_told(enclave: Enclave) -> None:

@@ -874,8 +874,8 @@ def status_service(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def wait_for(condition: Any) -> None:
-    """Look again and again for 10 seconds."""
-    end = time.monotonic() + 10
+    """Look again and again for a minute."""
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

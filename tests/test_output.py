@@ -290,7 +290,7 @@ def test_a_signal_while_kms_is_silent(
         while "attestation document" not in (line := child.stderr.readline()):
             assert line
         child.send_signal(number)
-        assert child.wait(timeout=10) == -number
+        assert child.wait(timeout=60) == -number
     assert enclave.files() == {"blob"}
 
 

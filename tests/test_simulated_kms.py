@@ -14,7 +14,6 @@ import re
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -41,6 +40,7 @@ from nitrosim.kms_wire import KmsError, Parameters
 from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS, SoftwareNsm
 from nitrosim.pki import NsmPki
 from nitrosim.server import HttpsServer
+from tests.conftest import no_thread_stays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -1094,24 +1094,23 @@ def test_shutdown_waits_for_nobody(
         )
         connection.request("POST", "/", body, headers)
         started = time.monotonic()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # half of what a client may be silent
     connection.close()
 
 
 def test_threads_end_with_their_clients(
     tmp_path: Path, pki: NsmPki, recipient: RecipientInfoTypeDef
 ) -> None:
-    before = set(threading.enumerate())
-    with running(tmp_path, pki, fault="hang") as service:
-        with contextlib.closing(service.connect()) as connection:
-            connection.request(
-                "POST",
-                "/",
-                *service.signed("GenerateRandom", {"NumberOfBytes": 1, "Recipient": recipient}),
-            )
-        for thread in set(threading.enumerate()) - before - {service.https._thread}:
-            thread.join(5)
-            assert not thread.is_alive()
+    with (
+        running(tmp_path, pki, fault="hang") as service,
+        no_thread_stays(),
+        contextlib.closing(service.connect()) as connection,
+    ):
+        connection.request(
+            "POST",
+            "/",
+            *service.signed("GenerateRandom", {"NumberOfBytes": 1, "Recipient": recipient}),
+        )
 
 
 @pytest.mark.parametrize(
