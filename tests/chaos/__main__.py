@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # runs of one scenario in one place
-_FULL: Final = Job("", "", limit=200, random_runs=20, whole=3)
+_FULL: Final = Job("", "", limit=130, random_runs=20, whole=3)
 _SHORT: Final = Job("", "", limit=6, random_runs=1, whole=0)
 
 
