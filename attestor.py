@@ -44,7 +44,6 @@ import errno
 import gc
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -59,6 +58,13 @@ import click
 
 from attestor_io import kms_errors, names, signals
 from attestor_io.background import IdleWorker
+from attestor_io.ciphertext import (
+    ALGORITHMS,
+    CIPHERTEXT_MAX,
+    check_algorithm,
+    is_symmetric,
+    read_ciphertext,
+)
 from attestor_io.deadline import Deadline
 from attestor_io.errors import (
     AttestorError,
@@ -70,10 +76,10 @@ from attestor_io.errors import (
     RefusedError,
     UnreachableError,
 )
-from attestor_io.reading import Message, is_message, read_head
+from attestor_io.reading import Message
 from attestor_io.secret_file import Target, open_target
 from attestor_io.shortage import shortage
-from attestor_io.text_options import demand_text
+from attestor_io.text_options import demand_text, parse_context
 from attestor_io.urls import redact_urls
 
 if TYPE_CHECKING:
@@ -105,7 +111,6 @@ _T = TypeVar("_T")
 
 # ---------------------------------------------------------------------------------------- constants
 
-CIPHERTEXT_MAX: Final = 6144  # CiphertextBlob and CiphertextForRecipient, KMS API reference
 PLAINTEXT_MAX: Final = 4096  # Plaintext, same place
 DOCUMENT_FRESH: Final = 60.0  # seconds that one attestation document serves further calls
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
@@ -141,8 +146,6 @@ _SECRET_MEMBER: Final = {
     "DeriveSharedSecret": "SharedSecret",
 }
 
-_BASE64: Final = re.compile(rb"[A-Za-z0-9+/\s]++={0,2}")
-
 _NO_ENCLAVE: Final = "this does not look like a Nitro Enclave: only there is the module's device"
 _NOT_PERMITTED: Final = "the device is there: this user or a sandbox lacks permission to use it"
 _OPEN_HINTS: Final = {  # what open(2) of /dev/nsm can say although this is an enclave
@@ -150,7 +153,6 @@ _OPEN_HINTS: Final = {  # what open(2) of /dev/nsm can say although this is an e
     errno.EPERM: _NOT_PERMITTED,
     errno.EBUSY: "the device is there: another process holds it",
 }
-_ALGORITHMS: Final = ("SYMMETRIC_DEFAULT", "RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256", "SM2PKE")
 
 # ------------------------------------------------------------------- the envelope (RFC 5652, X.690)
 
@@ -841,6 +843,8 @@ def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any])
         pcrs=_sent_pcrs() if error.operation_name in _SECRET_MEMBER else None,
         key_id=parameters.get("KeyId"),
         context=tuple(parameters.get("EncryptionContext") or ()),
+        algorithm=parameters.get("EncryptionAlgorithm"),
+        size=len(parameters.get("CiphertextBlob", b"")),
         skew=clock_skew(metadata.get("HTTPHeaders", {}).get("date"), datetime.now(UTC)),
     )
     notes, hints = explain(refusal)
@@ -859,49 +863,7 @@ def _sent_pcrs() -> Mapping[int, bytes]:
         return {}
 
 
-# --------------------------------------------------------------------------------- edges: the input
-
-
-def read_ciphertext(
-    path: str, deadline: Deadline, *, base64_text: bool, message: bool = False
-) -> bytes | Message:
-    """Read a CiphertextBlob, 1 to 6144 bytes, from a file or ("-") from standard input.
-
-    With `message`, a message of the AWS Encryption SDK is returned as the open stream that it is.
-    """
-    what = "standard input" if path == "-" else path
-    limit = 2 * CIPHERTEXT_MAX if base64_text else CIPHERTEXT_MAX
-    head, rest = read_head(path, limit + 1, f"ciphertext {what}", deadline)
-    if message and not base64_text and is_message(head):
-        return Message(head, rest)
-    rest.close()
-    return check_ciphertext(head, what, base64_text=base64_text)
-
-
-def check_ciphertext(data: bytes, what: str, *, base64_text: bool) -> bytes:
-    """The CiphertextBlob that was read as bytes or as base64 text; raises InputError."""
-    too_long = f"ciphertext {what} is longer than the {CIPHERTEXT_MAX} bytes that KMS takes"
-    if not data.strip():
-        raise InputError(f"ciphertext {what} is empty")
-    if base64_text and len(data) > 2 * CIPHERTEXT_MAX:
-        raise InputError(too_long)
-    if base64_text:
-        data = _decode_base64(data, what)
-    elif _BASE64.fullmatch(data.rstrip()):
-        reason = f"ciphertext {what} is base64 text, not the bytes it stands for"
-        raise InputError(reason, "add --base64")
-    if len(data) > CIPHERTEXT_MAX:
-        raise InputError(too_long)
-    return data
-
-
-def _decode_base64(text: bytes, what: str) -> bytes:
-    import base64
-
-    try:
-        return base64.b64decode(b"".join(text.split()), validate=True)
-    except ValueError as error:
-        raise InputError(f"ciphertext {what} is not base64 text") from error
+# ---------------------------------------------------------------------------- edges: the ciphertext
 
 
 class Binding(NamedTuple):
@@ -1095,21 +1057,6 @@ def parse_vsock(
     return parse_address(text)
 
 
-def parse_pairs(
-    _context: click.Context, option: click.Parameter, pairs: Sequence[str]
-) -> dict[str, str]:
-    """NAME=VALUE pairs as an option's values, which no message repeats; raises InputError."""
-    values: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise InputError(f"{option.opts[0]} wants NAME=VALUE")
-        if name in values:
-            raise InputError(f"{option.opts[0]} names {name} twice")
-        values[name] = value
-    return values
-
-
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 MODULE_OPTIONS: Final[Mapping[str, _Decorator]] = {
     "nsm_library": click.option(
@@ -1148,7 +1095,7 @@ KMS_OPTIONS: Final[Mapping[str, _Decorator]] = {
         "encryption_context",
         metavar="NAME=VALUE",
         multiple=True,
-        callback=parse_pairs,
+        callback=parse_context,
         help="encryption context, repeatable",
     ),
     "grant_tokens": click.option(
@@ -1234,7 +1181,7 @@ def cli() -> None:
 @click.argument("ciphertext")
 @click.argument("output")
 @options(KMS_OPTIONS)
-@click.option("--algorithm", metavar="NAME", help=f"{', '.join(_ALGORITHMS)}  [default: the first]")
+@click.option("--algorithm", metavar="NAME", help=f"{', '.join(ALGORITHMS)}  [default: the first]")
 @click.option("--base64", "base64_text", is_flag=True, help="CIPHERTEXT is base64 text")
 @click.option("--signed", is_flag=True, help="demand a signed message of the AWS Encryption SDK")
 @click.option("--context-contains", is_flag=True, help="a message's context may hold more names")
@@ -1268,9 +1215,11 @@ def decrypt(
     Exit status: 0 done, 1 bug, 2 usage, 3 no module, 4 KMS refused, 5 try again, 6 not authentic, 7
     output.
     """
-    _check_key_options(key_id, any_key=any_key, algorithm=algorithm)
+    if any_key and names.is_pinned(key_id):
+        raise InputError(f"--any-key contradicts --key-id {key_id}", "leave one of them out")
+    check_algorithm(algorithm, "--algorithm", key_id, has_context=bool(encryption_context))
     kms = Kms.connect(key_id, **connection)
-    symmetric = algorithm in {None, "SYMMETRIC_DEFAULT"}
+    symmetric = is_symmetric(algorithm)
     blob = read_ciphertext(ciphertext, kms.deadline, base64_text=base64_text, message=symmetric)
     if (signed or context_contains) and not isinstance(blob, Message):
         option = "--signed" if signed else "--context-contains"
@@ -1305,16 +1254,6 @@ def warn_unless_pinned(key_id: str | None, *, any_key: bool) -> None:
     if not (any_key or names.is_pinned(key_id)):
         said = "no key is pinned: the parent may have chosen ciphertext and key"
         say("warning", f"{said}; give --key-id or --any-key")
-
-
-def _check_key_options(key_id: str | None, *, any_key: bool, algorithm: str | None) -> None:
-    if any_key and names.is_pinned(key_id):
-        raise InputError(f"--any-key contradicts --key-id {key_id}", "leave one of them out")
-    if algorithm is not None and algorithm not in _ALGORITHMS:
-        raise InputError(f"--algorithm {algorithm} is none of {', '.join(_ALGORITHMS)}")
-    if algorithm not in {None, "SYMMETRIC_DEFAULT"} and key_id is None:
-        reason = "an asymmetric ciphertext does not name its key"
-        raise InputError(f"--algorithm {algorithm} needs --key-id: {reason}")
 
 
 def main() -> NoReturn:

@@ -12,14 +12,15 @@ from __future__ import annotations
 import io
 import logging
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from attestor import drop_unset
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
-from attestor_io.names import is_pinned, is_same_key
+from attestor_io.names import is_pinned, is_same_key, key_arn_here, key_arn_region
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from attestor import Binding, Kms
     from attestor_io.reading import Readable
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 
 try:
     import aws_encryption_sdk as sdk
+    from aws_encryption_sdk.exceptions import ActionNotAllowedError
     from aws_encryption_sdk.identifiers import AlgorithmSuite, CommitmentPolicy
     from aws_encryption_sdk.internal.crypto.authentication import Signer, Verifier
     from aws_encryption_sdk.internal.crypto.elliptic_curve import generate_ecc_signing_key
     from aws_encryption_sdk.internal.defaults import ENCODED_SIGNER_KEY
-    from aws_encryption_sdk.materials_managers import DecryptionMaterials, EncryptionMaterials
+    from aws_encryption_sdk.materials_managers import EncryptionMaterials
     from aws_encryption_sdk.materials_managers.base import CryptoMaterialsManager
     from aws_encryption_sdk.structures import DataKey, EncryptedDataKey, MasterKeyInfo
 except ImportError as missing:
@@ -62,16 +64,18 @@ def decrypt(
     ask: Ask,
     bound: Binding,
     *,
+    region: str,
     signed: bool = False,
 ) -> None:
     """Decrypt a message and hand on its plaintext in pieces, authentic only when this returns.
 
     The context of `bound` must be the message's, without the names that the AWS Encryption SDK
     reserves, as that of a CiphertextBlob must be its own: the parent chooses which form it serves.
-    With `signed` an unsigned message is refused. Raises NotAuthenticError for everything that is
-    wrong with the message itself, RefusedError when KMS refuses.
+    `region` is that of the KMS that `ask` calls, where a multi-Region key of the message has its
+    replica. With `signed` an unsigned message is refused. Raises NotAuthenticError for everything
+    that is wrong with the message itself, RefusedError when KMS refuses.
     """
-    for piece in _verified(message, _Materials(ask, bound, signed=signed)):
+    for piece in _verified(message, _Materials(ask, bound, region, signed=signed)):
         append(piece)
 
 
@@ -91,6 +95,12 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
         stream.close()  # fails if the footer was not read
     except AttestorError:
         raise
+    except ActionNotAllowedError as error:  # of the commitment policy above, in decryption
+        raise NotAuthenticError(
+            "message of the AWS Encryption SDK has no key commitment, which is demanded here: "
+            "it could open to different plaintexts with different keys",
+            "attestor encrypt, or the AWS Encryption SDK from 2.0 on, writes one with it",
+        ) from error
     except Exception as error:
         raise NotAuthenticError(
             "message of the AWS Encryption SDK is damaged, not authentic or out of bounds "
@@ -103,32 +113,57 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
         raise NotAuthenticError("message of the AWS Encryption SDK has bytes behind its end")
 
 
+@dataclass(frozen=True, slots=True)
+class _DecryptionMaterials:
+    """What the package needs to open a message; it tells by its attributes what it may ask for.
+
+    Required encryption context is in no header, but the header's authentication covers it: the
+    "encryption context to only authenticate" of the AWS Encryption SDK specification, decrypt.md.
+    """
+
+    verification_key: bytes | None
+    data_key: DataKey
+    encryption_context: Mapping[str, str]
+    required_encryption_context_keys: tuple[str, ...]
+
+
 class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package has no types
     """Decides whether a message may be opened, and gets its data key from KMS."""
 
-    def __init__(self, ask: Ask, bound: Binding, *, signed: bool) -> None:
-        self._ask, self._bound, self._signed = ask, bound, signed
+    def __init__(self, ask: Ask, bound: Binding, region: str, *, signed: bool) -> None:
+        self._ask, self._bound, self._region, self._signed = ask, bound, region, signed
 
     def get_encryption_materials(self, request: Any) -> Any:
         """Never called: this is for decryption."""
         raise NotImplementedError
 
-    def decrypt_materials(self, request: Any) -> DecryptionMaterials:
+    def decrypt_materials(self, request: Any) -> _DecryptionMaterials:
         """Data key and verification key of a message whose header was parsed."""
         found = request.encryption_context
         self._check_context(found)
-        return DecryptionMaterials(
+        required = {name: value for name, value in self._bound.context.items() if name not in found}
+        context = {**found, **required}
+        return _DecryptionMaterials(
             verification_key=self._verification_key(request.algorithm, found),
-            data_key=self._data_key(request),
+            data_key=self._data_key(request, context, required),
+            encryption_context=context,
+            required_encryption_context_keys=tuple(required),
         )
 
     def _check_context(self, found: Mapping[str, str]) -> None:
+        """Refuse a header whose context differs from what was asked for.
+
+        What was asked for and is not in it can only be required encryption context: whether it is,
+        KMS says, which is asked for all of it.
+        """
         asked = self._bound.context
-        differing = [name for name, value in asked.items() if found.get(name) != value]
+        differing = [
+            name
+            for name, value in asked.items()
+            if found.get(name, value) != value or (name not in found and _is_reserved(name))
+        ]
         if not self._bound.contains:
-            differing += [
-                name for name in found if name not in asked and not name.startswith(_RESERVED)
-            ]
+            differing += [name for name in found if not (name in asked or _is_reserved(name))]
         if differing:
             reason = (
                 f"message of the AWS Encryption SDK has another context: {differing[0]} differs"
@@ -157,50 +192,71 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
         ).key_bytes()
         return key
 
-    def _data_key(self, request: Any) -> DataKey:
-        """The first data key that KMS opens, of those under our key."""
+    def _data_key(
+        self, request: Any, context: Mapping[str, str], required: Mapping[str, str]
+    ) -> DataKey:
+        """The first data key that KMS opens, of those under our key; this region's come first."""
         refusal: RefusedError | None = None
-        for wrapped in sorted(
-            request.encrypted_data_keys, key=lambda one: str(one.key_provider.key_info)
-        ):
-            arn = _arn_of(wrapped)
-            if arn is None or not (
-                self._bound.key_id is None or is_same_key(self._bound.key_id, arn)
-            ):
+        keys = [(_arn_of(wrapped), wrapped) for wrapped in request.encrypted_data_keys]
+        for arn, wrapped in sorted(keys, key=lambda key: (self._is_elsewhere(key[0]), key[0])):
+            here = key_arn_here(arn, self._region)
+            if self._is_elsewhere(here) or not self._is_ours(here):
                 continue
             try:
-                return self._ask_for(wrapped, arn, request)
+                return self._ask_for(wrapped, here, context, request.algorithm.data_key_len)
             except RefusedError as error:
                 refusal = error
-        wanted = f"key {self._bound.key_id}" if is_pinned(self._bound.key_id) else "any key of KMS"
-        raise refusal or RefusedError(
-            f"message of the AWS Encryption SDK has no data key under {wanted}"
-        )
+        if refusal is None:
+            raise self._no_data_key(filter(None, (arn for arn, _ in keys)))
+        if required:
+            # KMS cannot tell a name that is missing from a value that differs
+            names = ", ".join(required)
+            note = f"the message's header has no {names}: asked for as required encryption context"
+            refusal.notes = (*refusal.notes, note)
+        raise refusal
 
-    def _ask_for(self, wrapped: Any, arn: str, request: Any) -> DataKey:
+    def _is_elsewhere(self, arn: str) -> bool:
+        return key_arn_region(arn) != self._region
+
+    def _is_ours(self, arn: str) -> bool:
+        return self._bound.key_id is None or is_same_key(self._bound.key_id, arn)
+
+    def _no_data_key(self, arns: Iterable[str]) -> RefusedError:
+        """What to say of a message with data keys of KMS under these ARNs, or under none."""
+        pinned = is_pinned(self._bound.key_id)
+        wanted = f"key {self._bound.key_id}" if pinned else f"any key of KMS in {self._region}"
+        refusal = RefusedError(f"message of the AWS Encryption SDK has no data key under {wanted}")
+        refusal.notes = tuple(f"it has one under {arn}" for arn in sorted(set(arns)))
+        return refusal
+
+    def _ask_for(self, wrapped: Any, arn: str, context: Mapping[str, str], length: int) -> DataKey:
         answer = self._ask(
             {
                 "CiphertextBlob": wrapped.encrypted_data_key,
                 "KeyId": arn,
-                "EncryptionContext": request.encryption_context,
+                "EncryptionContext": context,
                 **drop_unset(GrantTokens=list(self._bound.grant_tokens)),
             }
         )
-        if len(answer["Plaintext"]) != request.algorithm.data_key_len:
+        if len(answer["Plaintext"]) != length:
             raise NotAuthenticError(
                 "data key in the message of the AWS Encryption SDK has a wrong length"
             )
         return DataKey(wrapped.key_provider, answer["Plaintext"], wrapped.encrypted_data_key)
 
 
-def _arn_of(wrapped: Any) -> str | None:
-    """The ARN of the KMS key that wraps a data key; None if something else does."""
+def _arn_of(wrapped: Any) -> str:
+    """The ARN of the KMS key that wraps a data key; empty if something else does."""
     provider = wrapped.key_provider
     if provider.provider_id not in {"aws-kms", b"aws-kms"}:
-        return None
+        return ""
     info = provider.key_info
     arn = info.decode(errors="replace") if isinstance(info, bytes) else str(info)
-    return arn if arn.startswith("arn:") and is_pinned(arn) and arn.isprintable() else None
+    return arn if key_arn_region(arn) else ""
+
+
+def _is_reserved(name: str) -> bool:
+    return name.startswith(_RESERVED)
 
 
 def decrypt_into(
@@ -211,7 +267,7 @@ def decrypt_into(
     def ask(parameters: dict[str, Any]) -> Mapping[str, Any]:
         return kms.call("decrypt", **parameters)
 
-    decrypt(message, target.append, ask, bound, signed=signed)
+    decrypt(message, target.append, ask, bound, region=kms.region, signed=signed)
     target.place()
 
 
@@ -229,7 +285,7 @@ def encrypt(
     could decrypt.
     """
     for name in context:
-        if name.startswith(_RESERVED):
+        if _is_reserved(name):
             raise InputError(
                 f"context {name}: names that start with {_RESERVED} are the AWS Encryption SDK's "
                 "own"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import re
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -23,25 +22,19 @@ from attestor import (
 )
 from attestor_commands.inputs import FORCE_OPTION
 from attestor_commands.placement import Placement
+from attestor_commands.public_keys import read_public_key
 from attestor_io.errors import InputError, NotAuthenticError
-from attestor_io.reading import read_bounded
 from attestor_io.secret_file import open_target, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
-    from attestor_io.deadline import Deadline
-
 _KEY_SIZES: Final[Mapping[str, int]] = {"AES_256": 32, "AES_128": 16}  # DataKeySpec, KMS API
 _PAIR_SPECS: Final = (  # DataKeyPairSpec, same place
     "RSA_2048 RSA_3072 RSA_4096 ECC_NIST_P256 ECC_NIST_P384 ECC_NIST_P521 ECC_SECG_P256K1 SM2 "
     "ECC_NIST_EDWARDS25519"
 ).split()
-_PUBLIC_KEY_MAX: Final = 8192  # PublicKey, same place
-_PEM: Final = re.compile(
-    rb"\s*-----BEGIN PUBLIC KEY-----\s+([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----\s*"
-)
 
 
 @click.command()
@@ -189,7 +182,7 @@ def derive_shared_secret(
     PEER is a SubjectPublicKeyInfo in PEM or DER. OUTPUT gets the raw shared secret of ECDH (the x
     coordinate), which wants a key derivation function before it is a key; "-" is standard output.
     """
-    public_key = _read_public_key(peer, connection["deadline"])
+    public_key = read_public_key(peer, connection["deadline"])
     kms = _connect(**connection)
     with open_target(output, force=force) as target:
         answer = kms.call(
@@ -247,15 +240,3 @@ def _to_pem(der: bytes, label: str) -> bytes:
     return b"\n".join(
         [f"-----BEGIN {label}-----".encode(), *lines, f"-----END {label}-----\n".encode()]
     )
-
-
-def _read_public_key(path: str, deadline: Deadline) -> bytes:
-    """A DER SubjectPublicKeyInfo of at most 8192 bytes, from DER or PEM; KMS checks its key."""
-    data = read_bounded(path, 2 * _PUBLIC_KEY_MAX, f"public key {path}", deadline)
-    if found := _PEM.fullmatch(data):
-        with contextlib.suppress(ValueError):
-            data = base64.b64decode(b"".join(found[1].split()), validate=True)
-    if not data.startswith(b"\x30") or len(data) > _PUBLIC_KEY_MAX:
-        wanted = f"SubjectPublicKeyInfo in PEM or DER, at most {_PUBLIC_KEY_MAX} bytes"
-        raise InputError(f"public key {path} is no {wanted}")
-    return data

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from attestor import parse_pairs, say
+from attestor import say
 from attestor_commands.inputs import (
     JSON_OPTION,
     PCR_OPTION,
@@ -17,6 +17,7 @@ from attestor_commands.inputs import (
 )
 from attestor_commands.report import print_report
 from attestor_io.errors import InputError, RefusedError
+from attestor_io.text_options import parse_context
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -245,7 +246,7 @@ def _read_policy(path: str) -> Any:
     "encryption_context",
     metavar="NAME=VALUE",
     multiple=True,
-    callback=parse_pairs,
+    callback=parse_context,
     help="encryption context, repeatable",
 )
 @ROOT_OPTION

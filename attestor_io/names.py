@@ -15,6 +15,9 @@ _REGION: Final = re.compile(r"[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}")
 _KEY_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}")
 _ALIAS: Final = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")
 _ARN: Final = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):[0-9]{12}:(.+)")
+_MULTI_REGION: Final = re.compile(
+    r"(arn:aws[a-z-]*:kms:)[a-z0-9-]+(:[0-9]{12}:key/mrk-[0-9a-f]{32})"
+)
 _ENDPOINT: Final = re.compile(r"https://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?", re.IGNORECASE)
 
 TLS_HINT: Final = "TLS is what authenticates the answer of KMS"
@@ -77,3 +80,19 @@ def is_same_key(asked: str, answered: str) -> bool:
 def is_pinned(key_id: str | None) -> bool:
     """Whether this names one key: an ARN or an id does; an alias the parent's account resolves."""
     return key_id is not None and "alias/" not in key_id
+
+
+def key_arn_region(arn: str) -> str | None:
+    """The region in a key's ARN; None for everything that is no key's ARN."""
+    found = _ARN.fullmatch(arn)
+    is_key = found and _KEY_ID.fullmatch(found[2].removeprefix("key/"))
+    return found[1] if found and is_key and found[2].startswith("key/") else None
+
+
+def key_arn_here(arn: str, region: str) -> str:
+    """The ARN by which KMS of a region knows this key: of a multi-Region key, that of its replica.
+
+    Replicas share id, account, partition and key material, and differ in their region alone; every
+    other key is known in its own region only, and its ARN returned as it is.
+    """
+    return _MULTI_REGION.sub(rf"\g<1>{region}\g<2>", arn) if _MULTI_REGION.fullmatch(arn) else arn

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
-from typing import IO, Any, Protocol
+from typing import IO, Any, Final, Protocol
 
 from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError
+
+_PIECE: Final = 1 << 16  # characters of base64 text at a time
 
 
 class Readable(Protocol):
@@ -34,6 +37,49 @@ class Message:
             return head + self._rest.read(size if size < 0 else size - len(head))
         except OSError as error:
             raise InputError(f"message cannot be read: {error.strerror}") from error
+
+
+class Base64Text:
+    """The bytes that a stream of base64 text stands for, decoded as they are read.
+
+    White space may stand anywhere in it (RFC 4648 section 3.1 allows to ignore it).
+    """
+
+    def __init__(self, source: Readable, what: str, *hints: str) -> None:
+        """Decode `source`; `what` it is, and `hints`, are for the error."""
+        self._source, self._what, self._hints = source, what, hints
+        self._text = b""  # characters that no four others complete yet
+        self._bytes = b""
+        self._padded = self._ended = False
+
+    def read(self, size: int = -1) -> bytes:
+        """Return exactly so many bytes, fewer at the end; raises InputError."""
+        parts, count = [self._bytes], len(self._bytes)
+        while not self._ended and (size < 0 or count < size):
+            parts.append(self._decode_more())
+            count += len(parts[-1])
+        data = b"".join(parts)
+        end = len(data) if size < 0 else size
+        self._bytes = data[end:]
+        return data[:end]
+
+    def _decode_more(self) -> bytes:
+        piece = self._source.read(_PIECE)
+        self._ended = not piece
+        text = self._text + b"".join(piece.split())
+        whole = len(text) if self._ended else len(text) // 4 * 4
+        self._text = text[whole:]
+        try:
+            decoded = base64.b64decode(text[:whole], validate=True)
+        except ValueError as error:
+            raise self._error() from error
+        if self._padded and decoded:
+            raise self._error()
+        self._padded = self._padded or text[:whole].endswith(b"=")
+        return decoded
+
+    def _error(self) -> InputError:
+        return InputError(f"{self._what} is not base64 text", *self._hints)
 
 
 def is_message(head: bytes) -> bool:

@@ -26,6 +26,10 @@ _EXPIRED: Final = frozenset(
     "ExpiredTokenException ExpiredToken UnrecognizedClientException InvalidClientTokenId".split()
 )
 
+# what KMS answers to a ciphertext or a key of another kind than its default algorithm's
+_WRONG_ALGORITHM: Final = ("InvalidCiphertextException", "InvalidKeyUsageException")
+_RSA_SIZES: Final = (256, 384, 512)  # bytes of a ciphertext under RSA_2048, RSA_3072, RSA_4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
@@ -33,7 +37,7 @@ class Refusal:
 
     `pcrs` are those of the attestation document, None where the call carries none; `context` holds
     names only; `skew` is how many seconds KMS's clock is ahead of ours, None where its answer had
-    no date.
+    no date. `algorithm` and `size` (0 for none) are those of the ciphertext.
     """
 
     code: str
@@ -42,6 +46,8 @@ class Refusal:
     key_id: str | None
     context: tuple[str, ...]
     skew: float | None
+    algorithm: str | None = None
+    size: int = 0
 
 
 def clock_skew(date: str | None, now: datetime) -> float | None:
@@ -80,6 +86,8 @@ def _debug(pcrs: Mapping[int, bytes]) -> bool:
 def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     """The likeliest causes, in this order."""
     code = refusal.code
+    if code in _WRONG_ALGORITHM and not refusal.algorithm:
+        yield from _algorithm(refusal)
     if code == "AccessDeniedException":
         yield from _denials(refusal, pcrs)
     elif code == "NotFoundException":
@@ -95,6 +103,17 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
         yield "the ciphertext is damaged, or was made with another --context"
     elif code == "IncorrectKeyException":
         yield "the ciphertext was made with another key than --key-id names"
+
+
+def _algorithm(refusal: Refusal) -> Iterable[str]:
+    """Whether the ciphertext, or the key, may be RSA, which KMS must be told."""
+    if refusal.size in _RSA_SIZES:
+        yield (
+            f"{refusal.size} bytes are the length of an RSA ciphertext: if it is one, say "
+            "--key-id and --algorithm RSAES_OAEP_SHA_256 (in a manifest, key_id and algorithm)"
+        )
+    elif refusal.code == "InvalidKeyUsageException":
+        yield "an RSA key wants --algorithm (in a manifest, algorithm), such as RSAES_OAEP_SHA_256"
 
 
 def _clock(skew: float | None) -> str:

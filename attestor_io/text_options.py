@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from attestor_io.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+# `a=b,c=d` is two pairs to the AWS CLI, and one to us
+_SHORTHAND: Final = re.compile(r",\s*([^,=\s]+)=")
 
 
 class Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
@@ -20,9 +27,13 @@ class Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:  # noqa: ARG002 - as click calls it
         """Return the value as it is; raises InputError, which does not repeat it."""
-        if isinstance(value, str) and any("\ud800" <= one <= "\udfff" for one in value):
+        if isinstance(value, str) and not _is_text(value):
             raise InputError(f"{param.opts[0]} is not UTF-8 text")
         return value
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= one <= "\udfff" for one in value)
 
 
 def demand_text(command: click.Command) -> click.Command:
@@ -34,3 +45,76 @@ def demand_text(command: click.Command) -> click.Command:
     for inner in getattr(command, "commands", {}).values():
         demand_text(inner)
     return command
+
+
+def parse_pairs(
+    _context: click.Context, option: click.Parameter, texts: Sequence[str]
+) -> dict[str, str]:
+    """NAME=VALUE pairs as an option's values, which no message repeats; raises InputError."""
+    what = option.opts[0]
+    return _unique((_pair(text, what) for text in texts), what)
+
+
+def parse_context(
+    _context: click.Context, option: click.Parameter, texts: Sequence[str]
+) -> dict[str, str]:
+    """An encryption context: NAME=VALUE pairs, or JSON objects of strings; raises InputError.
+
+    These are notations of the AWS CLI. Its shorthand of several pairs in one text is refused, since
+    that may as well be one value with a comma in it: both can be said in another way.
+    """
+    what = option.opts[0]
+    pairs: list[tuple[str, str]] = []
+    for text in texts:
+        if text.startswith("{"):
+            pairs += _json_pairs(text, what)
+        else:
+            pairs.append(_pair(text, what))
+            _refuse_shorthand(*pairs[-1], what)
+    return _unique(pairs, what)
+
+
+def _pair(text: str, what: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise InputError(f"{what} wants NAME=VALUE")
+    return name, value
+
+
+def _unique(pairs: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InputError(f"{what} names {name} twice")
+        values[name] = value
+    return values
+
+
+def _refuse_shorthand(name: str, value: str, what: str) -> None:
+    second = _SHORTHAND.search(value)
+    if second:
+        raise InputError(
+            f"{what} {name}=...,{second[1]}=... is two pairs, or one value with a comma in it?",
+            f"two pairs: {what} {name}=... {what} {second[1]}=...",
+            f'one value: {what} \'{{"{name}": "..."}}\'',
+        )
+
+
+def _json_pairs(text: str, what: str) -> list[tuple[str, str]]:
+    """The members of a JSON object of strings; raises InputError."""
+    import json
+
+    wanted = f"{what} that begins with {{ wants a JSON object of strings, or NAME=VALUE"
+    try:
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
+        raise InputError(wanted) from error
+    if not all(name and type(value) is str for name, value in pairs):
+        raise InputError(wanted)
+    if not all(_is_text(part) for pair in pairs for part in pair):
+        raise InputError(f"{what} is not UTF-8 text")
+    return list(pairs)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The members of a JSON object in their order, repeated names among them."""

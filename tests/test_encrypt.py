@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DONE: Final = Run(0, b"", "")
 ARN: Final = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+REGION: Final = "eu-west-1"
 CONTEXT: Final = {"node": "3", "stage": "test"}
 OPEN_POLICY: Final = """{"Version": "2012-10-17", "Statement": [
     {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "kms:*", "Resource": "*"}]}"""
@@ -96,6 +97,7 @@ def test_a_key_by_its_id_and_any_key(enclave: Enclave) -> None:
         4,
         f"message of the AWS Encryption SDK has no data key under key {other}",
     )
+    assert f"attestor: note: it has one under {enclave.world.kms.key_arn}\n" in run.err
 
 
 @pytest.mark.parametrize(
@@ -286,8 +288,9 @@ def opened(data: bytes, **options: Any) -> bytes:
     """The plaintext, once all of it is known to be authentic."""
     pieces: list[bytes] = []
     signed = options.pop("signed", False)
+    safe, region = options.pop("safe", SAFE), options.pop("region", REGION)
     bound = Binding(**{"key_id": ARN, "context": CONTEXT, **options})
-    esdk.decrypt(io.BytesIO(data), pieces.append, SAFE.decrypt, bound, signed=signed)
+    esdk.decrypt(io.BytesIO(data), pieces.append, safe.decrypt, bound, region=region, signed=signed)
     return b"".join(pieces)
 
 
@@ -349,8 +352,9 @@ def test_without_commitment() -> None:
     algorithm = AlgorithmSuite.AES_256_GCM_IV12_TAG16_HKDF_SHA384_ECDSA_P384
     made = message(algorithm=algorithm, policy=CommitmentPolicy.FORBID_ENCRYPT_ALLOW_DECRYPT)
     assert made[:2] == b"\x01\x80"
-    with pytest.raises(NotAuthenticError):
+    with pytest.raises(NotAuthenticError, match="has no key commitment") as refused:
         opened(made)
+    assert "attestor encrypt" in refused.value.hints[0]
 
 
 def test_unsigned_where_a_signature_is_asked_for() -> None:
@@ -372,14 +376,18 @@ def test_another_context() -> None:
     made = message()
     assert opened(made, context={"node": "3"}, contains=True) == PLAINTEXT
     assert opened(made, context={}, contains=True) == PLAINTEXT
-    for context in ({"node": "4"}, {"node": "3", "version": "1"}, {"node": ""}):
+    for context in ({"node": "4"}, {"node": ""}, {"aws-crypto-x": "1"}):
         for contains in (False, True):
             with pytest.raises(NotAuthenticError, match="another context"):
                 opened(made, context=context, contains=contains)
+    for contains in (False, True):  # what is not there may be required context: KMS decides
+        with pytest.raises(RefusedError) as refused:
+            opened(made, context={**CONTEXT, "version": "1"}, contains=contains)
+        assert "the message's header has no version" in refused.value.notes[0]
     for context in ({}, {"node": "3"}):
-        with pytest.raises(NotAuthenticError, match="another context") as refused:
+        with pytest.raises(NotAuthenticError, match="another context") as differs:
             opened(made, context=context)
-        assert "--context-contains" in refused.value.hints[0]
+        assert "--context-contains" in differs.value.hints[0]
 
 
 def test_another_key() -> None:
@@ -433,8 +441,9 @@ def test_nothing_is_released_before_the_header_is_authentic() -> None:
     pieces: list[bytes] = []
     made = bytearray(message())
     made[made.index(struct.pack(">I", 1024)) + 4] ^= 1
+    bound = Binding(ARN, CONTEXT)
     with pytest.raises(NotAuthenticError):
-        esdk.decrypt(io.BytesIO(made), pieces.append, SAFE.decrypt, Binding(ARN, CONTEXT))
+        esdk.decrypt(io.BytesIO(made), pieces.append, SAFE.decrypt, bound, region=REGION)
     assert pieces == []
 
 
@@ -464,8 +473,10 @@ def test_it_is_read_in_small_pieces() -> None:
     sizes: list[int] = []
     made = message(PLAINTEXT * 40)
     stream = Counting(made)
-    esdk.decrypt(
-        stream, lambda piece: sizes.append(len(piece)), SAFE.decrypt, Binding(ARN, CONTEXT)
-    )
+
+    def append(piece: bytes) -> None:
+        sizes.append(len(piece))
+
+    esdk.decrypt(stream, append, SAFE.decrypt, Binding(ARN, CONTEXT), region=REGION)
     assert sum(sizes) == len(PLAINTEXT) * 40
     assert max(itertools.chain(sizes, [Counting.largest])) <= 2048

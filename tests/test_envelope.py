@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attestor import CIPHERTEXT_MAX, PLAINTEXT_MAX, EnvelopeError, _public_key_info, open_envelope
+from attestor import PLAINTEXT_MAX, EnvelopeError, _public_key_info, open_envelope
+from attestor_io.ciphertext import CIPHERTEXT_MAX
 from nitrosim.envelope import FORMS, MALFORMED, malform, seal
 
 if TYPE_CHECKING:

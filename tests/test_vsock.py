@@ -188,6 +188,10 @@ def test_decrypt_and_the_others(enclave: Enclave) -> None:
     assert attestor(enclave, "decrypt", "--any-key", *way, "blob", "out") == DONE
     assert (enclave.folder / "out").read_bytes() == b"the secret"
     assert attestor(enclave, "generate-random", *way, "16", "random") == DONE
+    key = ["--key-id", enclave.world.kms.key_arn]
+    assert attestor(enclave, "encrypt", *key, *way, "out", "again") == DONE
+    assert attestor(enclave, "decrypt", *key, *way, "--force", "again", "out") == DONE
+    assert (enclave.folder / "out").read_bytes() == b"the secret"
 
 
 def test_inject_through_vsock_with_s3(enclave: Enclave) -> None:

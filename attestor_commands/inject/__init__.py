@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from attestor import MODULE_OPTIONS, VSOCK_OPTIONS, options, parse_pairs, parse_vsock
+from attestor import MODULE_OPTIONS, VSOCK_OPTIONS, options, parse_vsock
 from attestor_commands.inputs import FORCE_OPTION
 from attestor_commands.report import print_report
+from attestor_io.text_options import parse_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -73,6 +73,7 @@ SECRET_FIELDS: Final[Mapping[str, Field]] = {
     "unbound": _FLAG,
     "grant_tokens": _STRINGS,
     "encoding": _STRING,
+    "algorithm": _STRING,
     "signed": _FLAG,
     "form": _STRING,
     "context_contains": _FLAG,

@@ -28,6 +28,7 @@ from attestor_commands.inject.fields import (
     check_table,
     nearest,
 )
+from attestor_io.ciphertext import check_algorithm, is_symmetric
 from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
@@ -71,6 +72,7 @@ class Entry:
     context: Mapping[str, str] | None = None
     grant_tokens: tuple[str, ...] = ()
     base64: bool = False
+    algorithm: str | None = None
     signed: bool = False
     form: Literal["blob", "message"] | None = None
     context_contains: bool = False
@@ -231,31 +233,12 @@ def _secret(
     where = f"secret {number}"
     check_table(table, SECRET_FIELDS, where)
     context = table.get("context")
-    if not context and not table.get("unbound", False):
-        raise InputError(
-            f"{where} has no context",
-            'context = { name = "value" } binds it, or say unbound = true',
-        )
-    if context and table.get("unbound"):
-        raise InputError(f"{where} has a context, and unbound = true")
-    key_id = parse_key_id(table.get("key_id", top.get("key_id")), f"{where}: key_id")
-    if not is_pinned(key_id) and not top.get("any_key", False):
-        raise InputError(
-            f"{where}: no key is pinned",
-            "key_id wants a key ARN or key id; any_key = true accepts every key",
-        )
-    encoding = table.get("encoding", "raw")
-    if encoding not in {"raw", "base64"}:
-        raise InputError(f"{where}: encoding {encoding} is neither raw nor base64")
-    form = table.get("form")
-    if form not in {None, "blob", "message"}:
-        raise InputError(f"{where}: form {form} is neither blob nor message")
-    for name in ("signed", "context_contains"):
-        if form == "blob" and table.get(name, False):
-            raise InputError(f'{where} says form = "blob", and {name} = true, which is of messages')
+    key_id = _key_of(table, top, where)
+    _check_form(table, where, key_id)
     return Entry(
         kind="secret",
         key_id=key_id,
+        algorithm=table.get("algorithm"),
         context={
             name: variables.fill(value, f"{where}: context")
             for name, value in (context or {}).items()
@@ -264,12 +247,45 @@ def _secret(
             variables.fill(token, f"{where}: grant_tokens")
             for token in table.get("grant_tokens", ())
         ),
-        base64=encoding == "base64",
+        base64=table.get("encoding") == "base64",
         signed=table.get("signed", False),
-        form=form,
+        form=table.get("form"),
         context_contains=table.get("context_contains", False),
         **_placement(table, where, variables, SECRET_MAX),
     )
+
+
+def _key_of(table: Mapping[str, Any], top: Mapping[str, Any], where: str) -> str | None:
+    """The key that must answer for a secret, which only `any_key` lets be an alias or missing."""
+    key_id = parse_key_id(table.get("key_id", top.get("key_id")), f"{where}: key_id")
+    if not is_pinned(key_id) and not top.get("any_key", False):
+        raise InputError(
+            f"{where}: no key is pinned",
+            "key_id wants a key ARN or key id; any_key = true accepts every key",
+        )
+    return key_id
+
+
+def _check_form(table: Mapping[str, Any], where: str, key_id: str | None) -> None:
+    """Refuse what contradicts itself about the form of a ciphertext, and about its context."""
+    context, unbound = table.get("context"), table.get("unbound", False)
+    algorithm, form = table.get("algorithm"), table.get("form")
+    check_algorithm(algorithm, f"{where}: algorithm", key_id, has_context=bool(context))
+    if not context and not unbound:
+        binds = 'context = { name = "value" } binds it, or say unbound = true'
+        alone = "anybody with the public key can make another one: unbound = true accepts that"
+        raise InputError(f"{where} has no context", binds if is_symmetric(algorithm) else alone)
+    if context and unbound:
+        raise InputError(f"{where} has a context, and unbound = true")
+    if table.get("encoding", "raw") not in {"raw", "base64"}:
+        raise InputError(f"{where}: encoding {table['encoding']} is neither raw nor base64")
+    if form not in {None, "blob", "message"}:
+        raise InputError(f"{where}: form {form} is neither blob nor message")
+    for name in ("signed", "context_contains"):
+        if form == "blob" and table.get(name, False):
+            raise InputError(f'{where} says form = "blob", and {name} = true, which is of messages')
+        if not is_symmetric(algorithm) and (form == "message" or table.get(name, False)):
+            raise InputError(f"{where}: a message has no algorithm {algorithm}")
 
 
 def _file(number: int, table: Mapping[str, Any], variables: _Variables) -> Entry:

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from attestor import (
-    CIPHERTEXT_MAX,
     DEFAULT_TIMEOUT,
     Kms,
     attested,
-    check_ciphertext,
     drop_unset,
     errors_translated,
     log,
@@ -28,9 +26,10 @@ from attestor_commands.inject.manifest import MANIFEST_MAX, Entry, Manifest, par
 from attestor_commands.inject.program import execute, find_program
 from attestor_commands.inject.sources import Sources, Stream
 from attestor_commands.placement import Placement
+from attestor_io.ciphertext import BASE64_KEY, head_size, is_symmetric, take_ciphertext
 from attestor_io.deadline import Deadline
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError
-from attestor_io.reading import Message, is_message, read_bounded
+from attestor_io.reading import Message, read_bounded
 from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
 
@@ -126,7 +125,7 @@ class _Injector:
     """One key pair, one client with its connections kept alive, and few threads that share them."""
 
     def __init__(self, manifest: Manifest, kms: Kms, placement: Placement) -> None:
-        self._manifest = manifest
+        self._manifest, self._region = manifest, kms.region
         self._placement = placement
         recipient = process_recipient()
         import botocore.session
@@ -180,20 +179,26 @@ class _Injector:
         return outcome
 
     def _secret(self, entry: Entry, stream: Stream, target: SecretFile) -> _Outcome:
-        head = stream.read(
-            min(entry.max_bytes, (2 * CIPHERTEXT_MAX if entry.base64 else CIPHERTEXT_MAX) + 1)
+        head = stream.read(head_size(base64_text=entry.base64))
+        taken = take_ciphertext(
+            head,
+            stream,
+            "source",
+            base64_text=entry.base64,
+            message=is_symmetric(entry.algorithm),
+            option=BASE64_KEY,
         )
-        message = is_message(head) and not entry.base64
+        message = isinstance(taken, Message)
         if entry.form not in {None, "message" if message else "blob"}:
             other = "a CiphertextBlob" if entry.form == "message" else "a message"
             raise InputError(f'it is {other}, but the manifest says form = "{entry.form}"')
-        if message:
-            return self._message(entry, Message(head, stream), target)
+        if isinstance(taken, Message):
+            return self._message(entry, taken, target)
         if entry.signed or entry.context_contains:
             name = "signed" if entry.signed else "context_contains"
             raise InputError(f"it says {name} = true, but a CiphertextBlob is no message")
-        blob = check_ciphertext(head, "source", base64_text=entry.base64)
-        answer = self._decrypt({"CiphertextBlob": blob, **entry.bound.parameters()})
+        algorithm = drop_unset(EncryptionAlgorithm=entry.algorithm)
+        answer = self._decrypt({"CiphertextBlob": taken, **entry.bound.parameters(), **algorithm})
         self._placement.append(target, answer["Plaintext"])
         return _Outcome(
             len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"]
@@ -215,7 +220,7 @@ class _Injector:
             self._placement.append(target, piece)
             self._progress.bytes(len(piece))
 
-        esdk.decrypt(message, append, ask, entry.bound, signed=entry.signed)
+        esdk.decrypt(message, append, ask, entry.bound, region=self._region, signed=entry.signed)
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
 
     def _decrypt(self, parameters: dict[str, Any]) -> Mapping[str, Any]:
