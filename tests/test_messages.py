@@ -5,6 +5,7 @@ encryption context, base64 text, and no key commitment.
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import os
 from typing import TYPE_CHECKING, Any, Final
@@ -295,3 +296,25 @@ def test_a_message_without_commitment_says_so(enclave: Enclave) -> None:
     assert run.error.startswith("message of the AWS Encryption SDK has no key commitment")
     assert "attestor: hint: attestor encrypt, or the AWS Encryption SDK from 2.0 on" in run.err
     assert enclave.files() == {"blob"}
+
+
+def test_a_multi_region_key_through_the_commands(enclave: Enclave) -> None:
+    key = enclave.kms.create_key(MultiRegion=True)["KeyMetadata"]["Arn"]
+    elsewhere = key.replace(":eu-west-1:", ":us-east-1:")
+
+    def encrypt(parameters: dict[str, Any]) -> dict[str, Any]:
+        """KMS of another region, whose replica has the same key material."""
+        return {**enclave.kms.encrypt(**{**parameters, "KeyId": key}), "KeyId": elsewhere}
+
+    pieces: list[bytes] = []
+    esdk.encrypt(io.BytesIO(b"the secret"), pieces.append, encrypt, key_id=key, context={})
+    enclave.place(b"".join(pieces))
+    for options in (["--any-key"], ["--key-id", key], ["--key-id", key.rpartition("/")[2]]):
+        assert enclave.attestor("decrypt", *options, "-f", "blob", "out") == DONE
+        assert (enclave.folder / "out").read_bytes() == b"the secret"
+    manifest = (
+        f'key_id = "{key}"\n[[secret]]\nunbound = true\nsource = "{enclave.folder}/blob"\n'
+        f'target = "{enclave.folder}/two"\n'
+    )
+    enclave.place(manifest.encode(), "m.toml")
+    assert enclave.attestor("inject", "m.toml") == DONE
