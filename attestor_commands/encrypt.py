@@ -19,6 +19,7 @@ from attestor_commands import public_keys
 from attestor_commands.inputs import FORCE_OPTION
 from attestor_io.ciphertext import check_algorithm, is_symmetric
 from attestor_io.errors import InputError
+from attestor_io.progress import Progress
 from attestor_io.reading import Message, read_head
 from attestor_io.secret_file import open_target
 
@@ -106,7 +107,9 @@ def _encrypt_symmetric(
             from attestor_commands import esdk
 
             source = Message(head, rest)
-            esdk.encrypt(source, target.append, ask, key_id=key_id, context=encryption_context)
+            with Progress("encrypted") as progress:
+                append = progress.counting(target.append)
+                esdk.encrypt(source, append, ask, key_id=key_id, context=encryption_context)
         else:
             answer = ask(
                 {"KeyId": key_id, "Plaintext": head, "EncryptionContext": encryption_context}

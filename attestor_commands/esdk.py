@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attestor import drop_unset
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
 from attestor_io.names import is_pinned, is_same_key, key_arn_here, key_arn_region
+from attestor_io.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -267,7 +268,9 @@ def decrypt_into(
     def ask(parameters: dict[str, Any]) -> Mapping[str, Any]:
         return kms.call("decrypt", **parameters)
 
-    decrypt(message, target.append, ask, bound, region=kms.region, signed=signed)
+    with Progress("decrypted") as progress:
+        append = progress.counting(target.append)
+        decrypt(message, append, ask, bound, region=kms.region, signed=signed)
     target.place()
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +27,7 @@ from attestor_commands.placement import Placement
 from attestor_io.ciphertext import BASE64_KEY, head_size, is_symmetric, take_ciphertext
 from attestor_io.deadline import Deadline
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError
+from attestor_io.progress import Progress
 from attestor_io.reading import Message, read_bounded
 from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 _SILENT: Final = "no document of the Nitro Secure Module"
 _CHUNK: Final = 1 << 20
-_MANY: Final = 10  # entries, from which on a terminal shows progress
-_LARGE: Final = 8 << 20  # bytes, the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +138,7 @@ class _Injector:
             manifest.s3_vsock,
             size=manifest.concurrency,
         )
-        self._progress = _Progress(len(manifest.entries))
+        self._progress = Progress("written", len(manifest.entries))
 
     def _made_client(self, kms: Kms) -> Callable[[], Any]:
         return lambda: attested(
@@ -156,14 +153,14 @@ class _Injector:
             for entry, target in zip(self._manifest.entries, targets, strict=True)
         ]
         try:
-            for future in as_completed(work, self._manifest.deadline.left):
-                future.result()
-                self._progress.count()
+            with self._progress:
+                for future in as_completed(work, self._manifest.deadline.left):
+                    future.result()
+                    self._progress.count()
         except TimeoutError:
             raise self._manifest.deadline.passed("not done") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            self._progress.end()
         return [future.result() for future in work]
 
     def _fill(self, entry: Entry, target: SecretFile) -> _Outcome:
@@ -199,7 +196,7 @@ class _Injector:
             raise InputError(f"it says {name} = true, but a CiphertextBlob is no message")
         algorithm = drop_unset(EncryptionAlgorithm=entry.algorithm)
         answer = self._decrypt({"CiphertextBlob": taken, **entry.bound.parameters(), **algorithm})
-        self._placement.append(target, answer["Plaintext"])
+        self._append(target, answer["Plaintext"])
         return _Outcome(
             len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"]
         )
@@ -217,11 +214,14 @@ class _Injector:
         def append(piece: bytes) -> None:
             nonlocal size
             size += len(piece)
-            self._placement.append(target, piece)
-            self._progress.bytes(len(piece))
+            self._append(target, piece)
 
         esdk.decrypt(message, append, ask, entry.bound, region=self._region, signed=entry.signed)
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
+
+    def _append(self, target: SecretFile, piece: bytes) -> None:
+        self._placement.append(target, piece)
+        self._progress.add(len(piece))
 
     def _decrypt(self, parameters: dict[str, Any]) -> Mapping[str, Any]:
         with errors_translated(self._session, "decrypt", parameters):
@@ -236,52 +236,13 @@ class _Injector:
         while piece := stream.read(_CHUNK):
             digest.update(piece)
             size += len(piece)
-            self._placement.append(target, piece)
+            self._append(target, piece)
         if size == 0:
             raise InputError(f"source {without_query(entry.source)} is empty")
         if entry.sha256 not in {None, digest.hexdigest()}:
             found = f"{digest.hexdigest()}, expected {entry.sha256}"
             raise NotAuthenticError(f"source {without_query(entry.source)} has SHA-256 {found}")
         return _Outcome(size)
-
-
-class _Progress:
-    """A line on the terminal while it takes long; silence everywhere else."""
-
-    def __init__(self, total: int) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._total, self._done, self._bytes = total, 0, 0
-        self._shown = 0.0
-
-    def count(self) -> None:
-        """One more entry is complete."""
-        self._done += 1
-        self._show()
-
-    def bytes(self, count: int) -> None:
-        """So many more bytes of a message were decrypted."""
-        self._bytes += count
-        self._show()
-
-    def end(self) -> None:
-        """Clear the line."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-    def _show(self) -> None:
-        now = time.monotonic()
-        if (
-            not self._terminal
-            or now - self._shown < 0.1
-            or (self._total < _MANY and self._bytes < _LARGE)
-        ):
-            return
-        self._shown = now
-        sys.stderr.write(
-            f"\rattestor: {self._done} of {self._total}, {self._bytes >> 20} MiB of messages\x1b[K"
-        )
-        sys.stderr.flush()
 
 
 def _own_document() -> AttestationDocument:
