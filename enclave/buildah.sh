@@ -13,7 +13,7 @@ fail() {
 need_tools() {
     local tool missing=()
     for tool in buildah debootstrap; do
-        command -v "$tool" >/dev/null || missing+=("$tool")
+        type -P "$tool" >/dev/null || missing+=("$tool") # command -v would find the function below
     done
     ((${#missing[@]} == 0)) || fail "missing: ${missing[*]} (on Debian: apt-get install ${missing[*]})"
     ((EUID == 0)) || fail "buildah's chroot isolation and debootstrap want root: run this with sudo"
@@ -41,6 +41,7 @@ choose_driver() {
 # The smallest Debian 13, from Debian's archive or the one given, by debootstrap, which checks its signature.
 make_base() { # NAME [URL]
     ! buildah inspect "$1" >/dev/null 2>&1 || return 0
+    echo "making the base with debootstrap: some minutes, see $cache/debootstrap.log" >&2
     local tree
     tree=$(mktemp -d "$cache/base.XXXXXX")
     debootstrap --force-check-gpg --variant=minbase trixie "$tree" "${@:2}" >"$cache/debootstrap.log" 2>&1 ||
@@ -58,10 +59,29 @@ build() { # TAG ARGUMENT...
     local tag=$1 ca=${ATTESTOR_BUILD_CA:-/etc/ssl/certs/ca-certificates.crt} secret=()
     shift
     [[ ! -e $ca ]] || secret=(--secret "id=ca,src=$ca")
-    buildah bud --isolation chroot --layers --timestamp 0 --quiet "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
+    echo "building $tag: minutes the first time, see $cache/$tag.log" >&2
+    buildah bud --isolation chroot --layers --timestamp 0 "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
         tail -n 30 "$cache/$tag.log" >&2
         fail "image $tag cannot be built: see $cache/$tag.log"
     }
+}
+
+# Forget what the last build of no image made or used, so that the storage does not grow with each change of a source; the
+# steps of those builds stay, which makes the next one fast.
+prune() {
+    local used id name removed=yes
+    used=$(sed -n 's/^--> \(Using cache \)\{0,1\}\([0-9a-f]\{10\}\)[0-9a-f]*$/\2/p' "$cache"/*.log | sort -u)
+    buildah rm --all >/dev/null
+    while [[ -n $removed ]]; do # an image goes after those that were made from it
+        removed=''
+        while read -r id name; do
+            id=${id#sha256:}
+            [[ $name == '<none>' ]] || continue
+            ! grep -qxF "${id:0:10}" <<<"$used" || continue
+            ! buildah rmi "$id" >/dev/null 2>&1 || removed=yes
+        done < <(buildah images --all --noheading --no-trunc --format '{{.ID}} {{.Name}}')
+    done
+    find "$cache" -maxdepth 1 -name '*.??????' \( -name 'base.*' -o -name 'tree.*' -o -name 'try.*' \) -exec rm -rf {} + # of runs that were killed
 }
 
 digest() { # TAG

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 
 ENTRYPOINT: Final = ROOT / "enclave" / "entrypoint.sh"
 TELL_PARENT: Final = ROOT / "enclave" / "tell-parent"
+(_APPLETS,) = re.findall(
+    r'^applets="([^"]*)"$',
+    (ROOT / "enclave" / "assemble").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+APPLETS: Final = _APPLETS.split()
 SHELLS: Final = [shell for shell in ("busybox", "dash") if shutil.which(shell)] or ["sh"]
 AS_ROOT: Final = os.getuid() == 0
 USER: Final = pwd.getpwnam("nobody") if AS_ROOT else pwd.getpwuid(os.getuid())
@@ -59,13 +65,9 @@ class Image:
         self._manifest()
 
     def _install(self) -> None:
-        if self.shell == "busybox":  # its applets, and nothing else of this host but setpriv
-            busybox = shutil.which("busybox") or ""
-            for applet in subprocess.run(
-                [busybox, "--list"], capture_output=True, check=True, text=True
-            ).stdout.split():
-                (self.bin / applet).symlink_to(busybox)
-            (self.bin / "setpriv").unlink(missing_ok=True)
+        if self.shell == "busybox":  # the image's applets, and nothing of this host but setpriv
+            for applet in APPLETS:
+                (self.bin / applet).symlink_to(shutil.which("busybox") or "")
         (self.bin / "setpriv").symlink_to(SETPRIV)
         self.program(
             "attestor",

@@ -24,7 +24,7 @@ need_value() {
 }
 
 need_tool() {
-    command -v "$1" >/dev/null || fail "$1 is missing: $2" 2
+    type -P "$1" >/dev/null || fail "$1 is missing: $2" 2
 }
 
 need_file() {
