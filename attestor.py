@@ -728,7 +728,8 @@ class Kms:
         if self.imds_vsock:
             from attestor_io import vsock
 
-            vsock.carry_metadata(session, self.imds_vsock)
+            with _configuration_errors_translated():
+                vsock.carry_metadata(session, self.imds_vsock)
 
     def client(self, session: Any, connections: int = 10) -> Any:
         """A client with so many connections at most; raises InputError if it cannot be made."""
@@ -820,14 +821,18 @@ def errors_translated(
 
 def clock_fault(error: Exception) -> UnreachableError | None:
     """What the SDK's exception means if this enclave's clock is wrong: no attack, and not final."""
-    if _recipient is None or not kms_errors.may_be_of_clock(error):
+    if not kms_errors.may_be_of_clock(error) or not (wrong := wrong_clock()):
         return None
-    behind = _recipient.clock_error()
+    return UnreachableError(f"{wrong}: {error}", "set the clock, and try again")
+
+
+def wrong_clock() -> str:
+    """What to say of this enclave's clock if it is wrong, by the module's time; else nothing."""
+    behind = _recipient.clock_error() if _recipient else 0.0
     if abs(behind) <= CLOCK_ERROR_MAX:
-        return None
+        return ""
     side = "behind" if behind > 0 else "ahead of"
-    reason = f"clock of this enclave is {abs(round(behind))} s {side} the Nitro Secure Module's"
-    return UnreachableError(f"{reason}: {error}", "set the clock, and try again")
+    return f"clock of this enclave is {abs(round(behind))} s {side} the Nitro Secure Module's"
 
 
 def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any]) -> RefusedError:

@@ -1,7 +1,11 @@
-"""The checks of `attestor doctor`: each thing that an attested call needs, looked at in order.
+"""The checks of `attestor doctor`: decrypt's own way, step by step, and what explains its failures.
 
-A check is a function from the case to a result; it raises an error of attestor's, which becomes a
-failure with that error's exit status, or Skipped when what it needs has failed already.
+The steps of `WAY` run the code that decrypt runs, in its order, and the attested call at the end is
+decrypt's as a dry run. The checks between them look at what such a step hides: a name, a port, a
+certificate, a clock, a document.
+
+A check is a function from the case to a finding; it raises an error of attestor's, which becomes a
+failure with that error's exit status, or Skipped when what it needs is not there.
 """
 
 from __future__ import annotations
@@ -9,16 +13,17 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import attestor
 from attestor_commands import report
-from attestor_io import errors, names
-from attestor_io.deadline import Deadline
+from attestor_commands.doctor_call import NoVerdict, dry_run
+from attestor_io import errors
+from attestor_io.ciphertext import is_symmetric, read_ciphertext
+from attestor_io.reading import Message
 from attestor_io.refusal import SKEW_MAX, clock_skew
 from attestor_io.urls import without_query
 from nsm import document, library
@@ -26,8 +31,13 @@ from nsm import document, library
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from attestor_io.deadline import Deadline
+
+_T = TypeVar("_T")
+_UNBOUND: Final = attestor.Binding(None)
 _SKEW_WARNED: Final = 60  # seconds
 _EXPIRY_WARNED: Final = timedelta(minutes=5)
+_ANY_REGION: Final = "eu-west-1"  # where none is known: credentials do not depend on it
 
 
 class Result(NamedTuple):
@@ -53,27 +63,38 @@ class Skipped(Exception):  # noqa: N818 - no error: what a check needs is not th
 
 @dataclass(slots=True)
 class Case:
-    """What was asked, and what the checks so far have found for those behind them."""
+    """What was asked, and what the checks so far have found for those behind them.
 
-    region: str | None = None
-    key_id: str | None = None
-    context: Mapping[str, str] = field(default_factory=dict)
-    grant_tokens: tuple[str, ...] = ()
-    endpoint_url: str | None = None
-    deadline: Deadline = field(default_factory=lambda: Deadline(attestor.DEFAULT_TIMEOUT))
-    vsock: tuple[int, int] | None = None
-    imds_vsock: tuple[int, int] | None = None
-    ca_bundle: str | None = None
+    `connection` is what `Kms.connect` takes beside the key. `skew` is how many seconds the clock of
+    KMS is ahead of ours. `failed` are the names of the checks that did.
+    """
+
+    bound: attestor.Binding = _UNBOUND
+    connection: Mapping[str, Any] = field(default_factory=dict)
+    ciphertext: str | None = None
+    base64_text: bool = False
+    algorithm: str | None = None
     root: bytes = document.AWS_ROOT_G1_SHA256
-    module: bool = False
-    verified: document.VerifiedDocument | None = None
+    blob: bytes | Message | None = None
+    parsed: document.AttestationDocument | None = None
     kms: attestor.Kms | None = None
     session: Any = None
     client: Any = None
     target: tuple[str, int] | None = None
-    connection: socket.socket | None = None
-    tls: ssl.SSLSocket | None = None
-    failed: bool = False
+    connected: bool = False
+    skew: float | None = None
+    failed: set[str] = field(default_factory=set)
+
+    @property
+    def deadline(self) -> Deadline:
+        """The deadline of the command."""
+        deadline: Deadline = self.connection["deadline"]
+        return deadline
+
+    @property
+    def vsock(self) -> tuple[int, int] | None:
+        """The address of the parent's vsock-proxy, if KMS is reached so."""
+        return self.connection.get("vsock")
 
     @property
     def patience(self) -> float:
@@ -93,19 +114,44 @@ class Case:
         proxy: str | None = http._proxy_config.proxy_url_for(self.client.meta.endpoint_url)
         return proxy
 
+    def in_time(self, work: Callable[[], _T], what: str) -> _T:
+        """Return what one step gives, or raise UnreachableError, which says `what`."""
+        return self.deadline.within(self.patience).call(work, what)
+
+    def ask_module(self, use: Callable[[Any], _T]) -> _T:
+        """Use the module; ModuleError also for one that does not answer in time."""
+        silence = "the Nitro Secure Module does not answer"
+        try:
+            return self.in_time(lambda: attestor.use_module(use), silence)
+        except errors.UnreachableError as error:
+            raise errors.ModuleError(str(error)) from error
+
+    def need(self, check: str) -> None:
+        """Skip the check that runs if this one failed."""
+        if check in self.failed:
+            raise Skipped(f"needs the check {check}")
+
 
 def examine(case: Case) -> list[Result]:
-    """Make every check, in order."""
+    """Make every check, in order; what failed although KMS would decrypt is a warning."""
     results = []
-    try:
-        for name, check in CHECKS:
-            results.append(_result(name, check, case))
-            case.failed = case.failed or results[-1].outcome == "failed"
-    finally:
-        for connection in (case.tls, case.connection):
-            if connection is not None:
-                connection.close()
-    return results
+    for name, check in CHECKS:
+        results.append(_result(name, check, case))
+        if results[-1].outcome == "failed":
+            case.failed.add(name)
+    if results[-1].outcome not in {"passed", "warned"}:
+        return results
+    return [
+        result._replace(outcome="warned", status=0) if result.outcome == "failed" else result
+        for result in results
+    ]
+
+
+def status_of(results: list[Result]) -> int:
+    """The exit status of decrypt: that of the call, or of the first failure where none was made."""
+    if results[-1].outcome != "skipped":
+        return results[-1].status
+    return next((result.status for result in results if result.outcome == "failed"), 0)
 
 
 def _result(name: str, check: Callable[[Case], Finding], case: Case) -> Result:
@@ -114,8 +160,31 @@ def _result(name: str, check: Callable[[Case], Finding], case: Case) -> Result:
     except Skipped as skipped:
         return Result(name, "skipped", str(skipped))
     except errors.AttestorError as error:
-        return Result(name, "failed", str(error), next(iter(error.hints), ""), error.status)
+        fix = next((hint for hint in error.hints if "attestor doctor" not in hint), "")
+        return Result(name, "failed", str(error), fix, error.status)
     return Result(name, "warned" if fix else "passed", reason, fix)
+
+
+# ---- options and input
+
+
+def _region(case: Case) -> Finding:
+    case.kms = attestor.Kms.connect(case.bound.key_id, **case.connection)
+    return Finding(case.kms.region)
+
+
+def _ciphertext(case: Case) -> Finding:
+    if case.ciphertext is None:
+        raise Skipped("none is named")
+    case.blob = read_ciphertext(
+        case.ciphertext,
+        case.deadline,
+        base64_text=case.base64_text,
+        message=is_symmetric(case.algorithm),
+    )
+    if isinstance(case.blob, Message):
+        return Finding("a message of the AWS Encryption SDK")
+    return Finding(f"{len(case.blob)} bytes")
 
 
 # ---- the module
@@ -137,19 +206,28 @@ def _library(_: Case) -> Finding:
 
 
 def _device(case: Case) -> Finding:
-    description, name = attestor.use_module(
-        lambda module: (module.describe(), module.transport_name)
-    )
-    case.module = True
+    """The module gives the randomness that the key is made with: decrypt asks it nothing before."""
+    attestor.process_recipient().wait_for_module(case.deadline.within(case.patience))
+    try:
+        description, name = case.ask_module(
+            lambda module: (module.describe(), module.transport_name)
+        )
+    except errors.ModuleError as error:
+        return Finding(
+            f"it gives randomness, but does not describe itself: {error}", "decrypt can do without"
+        )
     return Finding(f"{description.module_id} with {description.max_pcrs} PCRs, through {name}")
 
 
 def _entropy(case: Case) -> Finding:
     """The module's randomness differs from draw to draw, and the kernel's pool is initialised."""
-    _need(case.module, "device")
-    draws = attestor.use_module(lambda module: [module.random(256), module.random(256)])
+    case.need("device")
+    draws = case.ask_module(lambda module: [module.random(256), module.random(256)])
     if draws[0] == draws[1] or any(len(set(draw)) < 16 for draw in draws):
-        raise errors.ModuleError("randomness of the Nitro Secure Module repeats itself")
+        return Finding(
+            "randomness of the Nitro Secure Module repeats itself",
+            "trust no key that is made here",
+        )
     try:
         os.getrandom(1, os.GRND_NONBLOCK)
     except BlockingIOError:
@@ -160,78 +238,16 @@ def _entropy(case: Case) -> Finding:
     return Finding("the module gives randomness, and the kernel's pool is initialised")
 
 
-def _document(case: Case) -> Finding:
-    """A document that carries our nonce, verified as anyone would; KMS alone decides what roots it
-    trusts.
-    """
-    _need(case.module, "device")
-    nonce = os.urandom(16)
-    parsed = _parsed(attestor.use_module(lambda module: module.attest(nonce=nonce)))
-    expect = document.Expectations(nonce=nonce, allow_debug=True)
-    root = hashlib.sha256(parsed.cabundle[0]).digest()
-    try:
-        case.verified = document.verify(parsed, roots=[root], expect=expect)
-    except document.DocumentError as error:
-        hint = "the clock of this enclave may be wrong" if error.check == "validity" else ""
-        raise errors.NotAuthenticError(
-            f"document refused, {error.check}: {error}", *filter(None, [hint])
-        ) from error
-    if root != case.root:
-        reason = (
-            f"genuine only if the root with SHA-256 {root.hex()} is, which is not the one "
-            "that is trusted here"
-        )
-        return Finding(
-            reason,
-            "a real enclave's is AWS's; --root FILE trusts another, $NITROSIM_NSM_ROOT nitrosim's",
-        )
-    return Finding(
-        f"signed {report.age(round((datetime.now(UTC) - parsed.signed_at).total_seconds()))}, "
-        "and verified"
-    )
-
-
-def _parsed(data: bytes) -> document.AttestationDocument:
-    try:
-        return document.AttestationDocument.parse(data)
-    except document.DocumentError as error:
-        raise errors.NotAuthenticError(f"document cannot be read: {error}") from error
-
-
-def _debug_mode(case: Case) -> Finding:
-    if case.verified is None:
-        raise Skipped("needs the check document")
-    if case.verified.document.debug_mode:
-        fix = "start the enclave without --debug-mode: no key policy should allow zero PCRs"
-        return Finding("this enclave runs in debug mode: PCR0, PCR1 and PCR2 are all zeros", fix)
-    return Finding("this enclave does not run in debug mode")
-
-
 # ---- AWS
-
-
-def _region(case: Case) -> Finding:
-    region = names.resolve_region(case.region, case.key_id, os.environ)
-    import botocore.session
-
-    case.session = botocore.session.Session()
-    case.kms = attestor.Kms(
-        region,
-        case.endpoint_url,
-        case.deadline,
-        case.vsock,
-        imds_vsock=case.imds_vsock,
-        ca_bundle=case.ca_bundle,
-    )
-    case.kms.prepare(case.session)
-    case.client = case.kms.client(case.session)
-    return Finding(f"{region}, endpoint {without_query(case.client.meta.endpoint_url)}")
 
 
 def _credentials(case: Case) -> Finding:
     """They are there, and do not expire soon; whether KMS takes them, only KMS can tell."""
-    _need(case.client, "region")
-    case.deadline.call(lambda: attestor.check_credentials(case.session))
+    import botocore.session
+
+    kms = case.kms or attestor.Kms.connect(None, **{**case.connection, "region": _ANY_REGION})
+    case.session = botocore.session.Session()
+    case.deadline.call(lambda: _find_credentials(kms, case.session))
     credentials = case.session.get_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
     if expiry is None:
@@ -241,17 +257,45 @@ def _credentials(case: Case) -> Finding:
     return Finding(reason, "renew them" if left < _EXPIRY_WARNED else "")
 
 
+def _find_credentials(kms: attestor.Kms, session: Any) -> None:
+    kms.prepare(session)
+    attestor.check_credentials(session)
+
+
+def _endpoint(case: Case) -> Finding:
+    """The client; without credentials one that signs nothing, since what follows asks unsigned."""
+    if case.kms is None:
+        raise Skipped("needs the check region")
+    if "credentials" in case.failed:
+        import botocore.session
+
+        case.session = botocore.session.Session()
+        case.session.set_credentials("none", "none")
+    case.client = case.kms.client(case.session)
+    return Finding(without_query(case.client.meta.endpoint_url))
+
+
+def _document(case: Case) -> Finding:
+    """The attestation document that is sent to KMS."""
+    case.need("device")
+    data = case.in_time(attestor.process_recipient().document, "no attestation document")
+    return Finding(f"{len(data)} bytes")
+
+
+# ---- the way to KMS
+
+
 def _name(case: Case) -> Finding:
-    _need(case.client, "region")
     if case.vsock:
         return Finding(f"not needed: vsock {case.vsock[0]}:{case.vsock[1]} carries the connection")
+    _need_client(case)
     host, port = case.where
     if case.proxy:
         proxy = urlsplit(case.proxy)
         host, port = proxy.hostname or "", proxy.port or 80
     hint = "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock"
     try:
-        found = case.deadline.within(case.patience).call(
+        found = case.in_time(
             lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), "no answer"
         )
     except (OSError, UnicodeError, errors.UnreachableError) as error:
@@ -269,12 +313,13 @@ def _tcp(case: Case) -> Finding:
     else:
         raise Skipped("needs the check name")
     try:
-        case.connection = _dial(case)
+        _dial(case).close()
     except OSError as error:
         hint = "is vsock-proxy running on the parent, and does it allow this endpoint?"
         raise errors.UnreachableError(
             f"no connection to {where}: {error.strerror or error}", hint
         ) from error
+    case.connected = True
     return Finding(f"connected to {where}")
 
 
@@ -287,32 +332,23 @@ def _dial(case: Case) -> socket.socket:
 
 
 def _tls(case: Case) -> Finding:
-    """The certificate leads to a trusted root and names the endpoint."""
-    if case.connection is None:
+    """The client's own connections lead to an endpoint whose certificate it takes.
+
+    KMS refuses the request, which is not signed, and tells its time.
+    """
+    from botocore.awsrequest import AWSRequest
+
+    _need_client(case)
+    if not case.connected:
         raise Skipped("needs the check tcp")
-    if case.proxy:
-        raise Skipped(f"the proxy {urlsplit(case.proxy).hostname} is in between")
-    bundle = _ca_bundle(case)
-    try:
-        context = ssl.create_default_context(cafile=bundle)
-    except OSError as error:  # ssl.SSLError is one
-        raise errors.InputError(
-            f"CA bundle {bundle} cannot be read: {error}", "AWS_CA_BUNDLE names it"
-        ) from error
-    host, _ = case.where
-    try:
-        case.tls = context.wrap_socket(case.connection, server_hostname=host)
-    except ssl.SSLCertVerificationError as error:
-        hint = (
-            f"somebody may be in the middle; the roots trusted are those in {bundle} "
-            "(AWS_CA_BUNDLE)"
-        )
-        raise errors.NotAuthenticError(
-            f"certificate of {host} is not valid: {error.verify_message}", hint
-        ) from error
-    except OSError as error:
-        raise errors.UnreachableError(f"no TLS with {host}: {error}") from error
-    return Finding(f"{case.tls.version()} with {host}, roots of {bundle}")
+    http = case.client._endpoint.http_session
+    # a stream: its headers are all that is read of it
+    request = AWSRequest("POST", case.client.meta.endpoint_url, stream_output=True).prepare()
+    with attestor.errors_translated(case.session, "decrypt", {}):
+        answer = case.in_time(lambda: http.send(request), "no answer of KMS")
+    answer.raw.close()
+    case.skew = clock_skew(answer.headers.get("Date"), datetime.now(UTC))
+    return Finding(f"certificate of {case.where[0]} is valid by the roots of {_ca_bundle(case)}")
 
 
 def _ca_bundle(case: Case) -> str:
@@ -322,79 +358,102 @@ def _ca_bundle(case: Case) -> str:
     return str(get_cert_path(case.client._endpoint.http_session._verify))
 
 
+def _need_client(case: Case) -> None:
+    if case.client is None:
+        raise Skipped("needs the check endpoint")
+
+
 def _clock(case: Case) -> Finding:
-    """Our clock against the Date header of the endpoint; a signature bears our time."""
-    if case.tls is None:
-        raise Skipped("needs the check tls")
-    skew = clock_skew(_date(case.tls, case.where[0]), datetime.now(UTC))
-    if skew is None:
-        raise Skipped("the endpoint does not tell its time")
-    reason = (
-        f"this clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} the endpoint's"
-    )
+    """Our clock against the Date header of the endpoint, and against the module's time.
+
+    A signature bears our time, and a certificate is valid for a time.
+    """
     fix = "set the clock of this enclave"
-    if abs(skew) > SKEW_MAX:
-        raise errors.RefusedError(f"{reason}, KMS takes {SKEW_MAX} s", fix)
-    return Finding(reason, fix if abs(skew) > _SKEW_WARNED else "")
+    wrong = attestor.wrong_clock()
+    if case.skew is None and wrong:
+        return Finding(wrong, fix)
+    if case.skew is None:
+        raise Skipped("the endpoint has not told its time")
+    side = "behind" if case.skew > 0 else "ahead of"
+    reason = f"this clock is {abs(round(case.skew))} s {side} the endpoint's"
+    if abs(case.skew) > SKEW_MAX:
+        # as in decrypt: by the module's time it is our clock that is wrong, which time can mend
+        kind = errors.UnreachableError if wrong else errors.RefusedError
+        raise kind(f"{reason}, KMS takes {SKEW_MAX} s", fix)
+    return Finding(reason, fix if abs(case.skew) > _SKEW_WARNED or wrong else "")
 
 
-def _date(connection: socket.socket, host: str) -> str | None:
-    from http.client import HTTPConnection, HTTPException
+# ---- what KMS decides
 
-    http = HTTPConnection(host)
-    http.sock = connection
+
+def _verification(case: Case) -> Finding:
+    """The document verified as KMS does, by KMS's time; KMS alone decides what roots it trusts."""
+    case.need("device")
+    case.need("document")
     try:
-        http.request("POST", "/")  # not signed: refused, but with a date
-        return http.getresponse().headers["Date"]
-    except (OSError, HTTPException) as error:
-        raise errors.UnreachableError(f"{host} does not answer: {error}") from error
+        case.parsed = document.AttestationDocument.parse(attestor.process_recipient().document())
+        at = case.parsed.signed_at
+        if case.skew is not None and "clock" not in case.failed:
+            at = datetime.now(UTC) + timedelta(seconds=case.skew)
+        root = hashlib.sha256(case.parsed.cabundle[0]).digest()
+        expect = document.Expectations(allow_debug=True)
+        document.verify(case.parsed, roots=[root], at=at, expect=expect)
+    except document.DocumentError as error:
+        raise errors.RefusedError(
+            f"KMS would refuse the document, {error.check.replace('_', ' ')}: {error}"
+        ) from error
+    if root != case.root:
+        reason = (
+            f"genuine only if the root with SHA-256 {root.hex()} is, which is not the one "
+            "that is trusted here"
+        )
+        return Finding(
+            reason,
+            "a real enclave's is AWS's; --root FILE trusts another, $NITROSIM_NSM_ROOT nitrosim's",
+        )
+    seconds = (datetime.now(UTC) - case.parsed.signed_at).total_seconds()
+    return Finding(f"the document was signed {report.age(round(seconds))}, and is genuine")
+
+
+def _debug_mode(case: Case) -> Finding:
+    if case.parsed is None:
+        raise Skipped("needs the check verification")
+    if case.parsed.debug_mode:
+        fix = "start the enclave without --debug-mode: no key policy should allow zero PCRs"
+        return Finding("this enclave runs in debug mode: PCR0, PCR1 and PCR2 are all zeros", fix)
+    return Finding("this enclave does not run in debug mode")
 
 
 def _attested_call(case: Case) -> Finding:
-    """A Decrypt without a ciphertext, which KMS only pretends to do."""
-    if case.failed or case.kms is None:
-        raise Skipped("a check above failed")
-    if case.key_id is None:
-        raise Skipped("needs --key-id")
-    parameters = {
-        "KeyId": case.key_id,
-        "EncryptionContext": case.context,
-        "GrantTokens": list(case.grant_tokens),
-    }
+    """Decrypt's own call, which KMS only pretends to answer."""
+    for name in WAY:
+        case.need(name)
+    if case.kms is None or not (case.blob or case.bound.key_id):
+        raise Skipped("needs CIPHERTEXT, or else --key-id")
+    holds = "verification" not in case.failed
     try:
-        case.kms.call(
-            "decrypt",
-            DryRun=True,
-            DryRunModifiers=["IGNORE_CIPHERTEXT"],
-            **attestor.drop_unset(**parameters),
-        )
-    except errors.RefusedError as error:
-        answer = getattr(error.__cause__, "response", {}).get("Error", {})
-        if answer.get("Code") != "DryRunOperationException":
-            raise
-    else:
-        raise errors.NotAuthenticError(
-            "KMS answered a dry run with a plaintext", "is this endpoint AWS KMS?"
-        )
-    return Finding("KMS would decrypt for this enclave (a dry run)")
-
-
-def _need(found: object, check: str) -> None:
-    if not found:
-        raise Skipped(f"needs the check {check}")
+        verdict = dry_run(case.kms, case.blob, case.bound, case.algorithm, document_holds=holds)
+    except NoVerdict as unclear:
+        raise Skipped(str(unclear)) from unclear
+    return Finding(*verdict)
 
 
 CHECKS: Final = (
+    ("region", _region),
+    ("ciphertext", _ciphertext),
     ("library", _library),
     ("device", _device),
     ("entropy", _entropy),
-    ("document", _document),
-    ("debug mode", _debug_mode),
-    ("region", _region),
     ("credentials", _credentials),
+    ("endpoint", _endpoint),
+    ("document", _document),
     ("name", _name),
     ("tcp", _tcp),
     ("tls", _tls),
     ("clock", _clock),
+    ("verification", _verification),
+    ("debug mode", _debug_mode),
     ("attested call", _attested_call),
 )
+WAY: Final = ("region", "ciphertext", "device", "credentials", "endpoint", "document")
+"""The checks that are decrypt's own steps before its call: where one fails, so does decrypt."""

@@ -105,11 +105,17 @@ def _translate_tls(error: Exception) -> AttestorError:
         )
     unreadable = FileNotFoundError | PermissionError | IsADirectoryError
     if any(isinstance(cause, unreadable) or _has_no_root(cause) for cause in found):
-        return InputError(
-            f"CA bundle cannot be read: {error}",
-            "AWS_CA_BUNDLE or ca_bundle in the configuration names it",
-        )
+        return InputError(f"CA bundle cannot be read: {error}", _bundle_hint())
     return UnreachableError(f"no TLS with KMS: {error}")
+
+
+def _bundle_hint() -> str:
+    """Say what names the CA bundle: the variables that are set, or else a file."""
+    import os
+
+    variables = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+    named = [f"{name}={os.environ[name]}" for name in variables if os.environ.get(name)]
+    return f"{' or '.join([*named, 'ca_bundle of a profile or manifest'])} names it"
 
 
 def _has_no_root(cause: BaseException) -> bool:

@@ -154,6 +154,18 @@ def no_thread_stays() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def preload(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of preload.c: a wrong clock, or a module's device that cannot be opened."""
+    library = tmp_path_factory.mktemp("preload") / "preload.so"
+    compiler = os.environ.get("CC", "cc").split()
+    source = str(ROOT / "tests" / "preload.c")
+    subprocess.run(
+        [*compiler, "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"], check=True
+    )
+    return library
+
+
+@pytest.fixture(scope="session")
 def namespaces() -> None:
     """Skip where nobody may mount."""
     command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]

@@ -6,14 +6,16 @@ import json
 import re
 import socket
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from botocore.exceptions import ClientError
 
 import attestor
 from attestor_commands import doctor_checks as doctor
+from attestor_commands.doctor_call import NoVerdict, dry_run
 from attestor_commands.report import WIDTH
 from attestor_io.deadline import Deadline
 from nsm.document import AWS_ROOT_G1_SHA256
@@ -46,10 +48,11 @@ def examine(
 def broken(
     found: tuple[int, dict[str, dict[str, str]]], status: int, part: str, *texts: str
 ) -> None:
-    """Exactly this part failed, with a reason and a fix, and everything before it passed."""
+    """This part failed first, with a reason and a fix, and nothing else but what it breaks."""
     assert found[0] == status
     outcomes = {name: check["outcome"] for name, check in found[1].items()}
-    assert [name for name, outcome in outcomes.items() if outcome == "failed"] == [part], outcomes
+    failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
+    assert failed in ([part], [part, "attested call"]), outcomes
     before = PARTS[: PARTS.index(part)]
     assert {outcomes[name] for name in before} <= {"passed", "warned", "skipped"}
     for text in texts:
@@ -61,8 +64,38 @@ def test_everything_is_right(enclave: Enclave) -> None:
     assert status == 0
     outcomes = {name: check["outcome"] for name, check in checks.items()}
     assert outcomes.pop("library") in {"passed", "skipped"}  # whether libnsm.so is built
+    assert outcomes.pop("ciphertext") == "skipped"
     assert set(outcomes.values()) == {"passed"}
     assert all(check["reason"] and not check["fix"] for check in checks.values())
+
+
+def test_of_a_ciphertext(enclave: Enclave) -> None:
+    """By its own key and context, with no key named."""
+    root = ["--root", enclave.environment["NITROSIM_NSM_ROOT"]]
+    enclave.place(enclave.encrypt(node="3"))
+    run = enclave.attestor("doctor", *root, "--context", "node=3", "blob")
+    assert run.status == 0
+    assert "passed attested call KMS would decrypt" in text_of(run)
+    run = enclave.attestor("doctor", *root, "--context", "node=4", "blob")
+    assert run.status == 4
+    assert "failed attested call KMS refused to decrypt: InvalidCiphertext" in text_of(run)
+    assert enclave.files() == {"blob"}
+
+
+def test_of_a_message(enclave: Enclave) -> None:
+    """Its data key is asked for; what is behind it nobody reads."""
+    enclave.place(b"x" * 10000, "plain")
+    options = ["--key-id", enclave.world.kms.key_arn, "--context", "node=3"]
+    assert enclave.attestor("encrypt", "--format", "esdk", *options, "plain", "blob").status == 0
+    run = enclave.attestor("doctor", *options, "blob")
+    assert run.status == 0, run
+    assert "passed ciphertext a message of the AWS Encryption SDK" in text_of(run)
+    assert "passed attested call KMS would decrypt" in text_of(run)
+    run = enclave.attestor("doctor", "--context", "node=4", "blob")
+    assert run.status == 6
+    assert "failed attested call message of the AWS Encryption SDK has another context" in (
+        text_of(run)
+    )
 
 
 def text_of(run: Run) -> str:
@@ -76,10 +109,10 @@ def test_the_report(enclave: Enclave) -> None:
     run = enclave.attestor("doctor")
     assert (run.status, run.err) == (0, "")
     text = text_of(run)
-    assert "warned document genuine only if the root with SHA-256" in text
+    assert "warned verification genuine only if the root with SHA-256" in text
     assert "fix: a real enclave's is AWS's" in text
-    assert "skipped attested call needs --key-id" in text
-    assert "passed tls TLSv1." in text
+    assert "skipped attested call needs CIPHERTEXT, or else --key-id" in text
+    assert "passed tls certificate of localhost is valid by the roots of" in text
 
 
 def test_no_device(enclave: Enclave) -> None:
@@ -99,13 +132,13 @@ def test_a_library_that_does_not_work(enclave: Enclave) -> None:
     ("fault", "status", "part", "text"),
     [
         ("nsm-internal-error", 3, "device", "InternalError"),
-        ("nsm-empty-random", 3, "entropy", "no bytes"),
-        ("bad-signature", 6, "document", "not signed by the key"),
-        ("expired-leaf", 6, "document", "the clock of this enclave may be wrong"),
+        ("nsm-empty-random", 3, "device", "no bytes"),
+        ("bad-signature", 4, "verification", "not signed by the key"),
+        ("expired-leaf", 4, "verification", "validity"),
         ("tls-other-ca", 6, "tls", "AWS_CA_BUNDLE"),
-        ("tls-wrong-name", 6, "tls", "certificate of localhost is not valid"),
+        ("tls-wrong-name", 6, "tls", "certificate of KMS is not valid"),
         ("tls-expired", 6, "tls", "expired"),
-        ("tls-plain", 5, "tls", "no TLS with localhost"),
+        ("tls-plain", 5, "tls", "no TLS with KMS"),
         ("expired-token", 4, "attested call", "the credentials are expired"),
         ("throttling", 5, "attested call", "ThrottlingException"),
     ],
@@ -120,9 +153,8 @@ def test_an_unknown_root_is_a_warning_and_debug_mode_too(enclaves: Callable[...,
     run = enclaves(debug=True).attestor("doctor", "--json")
     checks = {check["check"]: check for check in json.loads(run.out)["checks"]}
     assert run.status == 0
-    assert [checks[name]["outcome"] for name in ("document", "debug mode", "attested call")] == [
-        "warned", "warned", "skipped",
-    ]  # fmt: skip
+    names = ("verification", "debug mode", "attested call")
+    assert [checks[name]["outcome"] for name in names] == ["warned", "warned", "skipped"]
     assert "PCR0, PCR1 and PCR2 are all zeros" in checks["debug mode"]["reason"]
 
 
@@ -204,7 +236,9 @@ def test_no_region(enclave: Enclave) -> None:
 
 
 def test_an_insecure_endpoint(enclave: Enclave) -> None:
-    broken(examine(enclave, AWS_ENDPOINT_URL_KMS="http://localhost:1"), 2, "region", "is not https")
+    broken(
+        examine(enclave, AWS_ENDPOINT_URL_KMS="http://localhost:1"), 2, "endpoint", "is not https"
+    )
 
 
 @pytest.fixture
@@ -236,12 +270,24 @@ def test_a_proxy_is_named(enclave: Enclave, refusing: int) -> None:
     assert found[1]["name"]["reason"].endswith("a proxy")
 
 
-def test_through_a_proxy_tls_is_left_to_the_call(enclave: Enclave) -> None:
+def test_through_a_proxy_tls_is_checked_too(enclave: Enclave) -> None:
     with socket.create_server(("127.0.0.1", 0)) as proxy:
+        thread = threading.Thread(target=refuse, args=(proxy, 2), daemon=True)
+        thread.start()
         address = f"http://localhost:{proxy.getsockname()[1]}"
         run = enclave.attestor("doctor", environment={"HTTPS_PROXY": address, "NO_PROXY": None})
-    assert run.status == 0
-    assert "skipped tls the proxy localhost is in between" in text_of(run)
+        thread.join()
+    assert run.status == 5
+    assert "failed tls KMS cannot be reached: Failed to connect to proxy" in text_of(run)
+
+
+def refuse(proxy: socket.socket, count: int) -> None:
+    """Answer so many connections as a proxy that lets nobody through; the first only looks."""
+    for _ in range(count):
+        connection, _address = proxy.accept()
+        with connection:
+            if connection.recv(4096):
+                connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
 
 
 def test_a_vsock_that_leads_nowhere(enclave: Enclave) -> None:
@@ -285,14 +331,14 @@ def test_options_that_cannot_be(enclave: Enclave) -> None:
 # -- what no simulator breaks
 
 
-def case_with(**members: Any) -> doctor.Case:
-    return doctor.Case(module=True, **members)
+def case(**members: Any) -> doctor.Case:
+    return doctor.Case(connection={"deadline": Deadline(60)}, **members)
 
 
 def test_randomness_that_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """decrypt would not see it: a warning."""
     monkeypatch.setattr(attestor, "use_module", lambda _: [bytes(256), bytes(256)])
-    with pytest.raises(attestor.ModuleError, match="repeats itself"):
-        doctor._entropy(case_with())
+    assert doctor._entropy(case()).fix == "trust no key that is made here"
 
 
 def test_a_pool_that_is_not_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,43 +349,134 @@ def test_a_pool_that_is_not_initialised(monkeypatch: pytest.MonkeyPatch) -> None
         attestor, "use_module", lambda _: [bytes(range(256)), bytes(range(255, -1, -1))]
     )
     monkeypatch.setattr("os.getrandom", blocked)
-    assert "not initialised yet" in doctor._entropy(case_with()).reason
+    assert "not initialised yet" in doctor._entropy(case()).reason
+
+
+class Recipient:
+    """A recipient whose module is not a simulated one."""
+
+    def __init__(self, document: bytes = b"") -> None:
+        self._document = document
+
+    def wait_for_module(self, _: Deadline) -> None:
+        """It answers."""
+
+    def document(self) -> bytes:
+        """What it signs."""
+        return self._document
 
 
 def test_a_document_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """QEMU's module signs nothing: it sends a signature of 64 zero bytes."""
-    monkeypatch.setattr(attestor, "use_module", lambda _: b"\x84")
-    with pytest.raises(attestor.NotAuthenticError, match="document cannot be read"):
-        doctor._document(case_with())
+    """QEMU's module signs nothing: it sends a signature of 64 zero bytes. KMS would refuse it."""
+    monkeypatch.setattr(attestor, "process_recipient", lambda: Recipient(b"\x84"))
+    with pytest.raises(attestor.RefusedError, match="KMS would refuse the document, format"):
+        doctor._verification(case())
+
+
+def test_a_module_that_does_not_describe_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """decrypt does not ask for that."""
+
+    def refuse_all(_: object) -> None:
+        raise attestor.ModuleError("the Nitro Secure Module refused: DescribeNSM")
+
+    monkeypatch.setattr(attestor, "process_recipient", Recipient)
+    monkeypatch.setattr(attestor, "use_module", refuse_all)
+    assert doctor._device(case()).fix == "decrypt can do without"
+
+
+def test_a_module_that_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = threading.Event()
+    monkeypatch.setattr(attestor, "use_module", lambda _: silent.wait())
+    with pytest.raises(attestor.ModuleError, match="does not answer within"):
+        doctor.Case(connection={"deadline": Deadline(0.01)}).ask_module(lambda module: module)
+    silent.set()
+
+
+def answer(code: str) -> attestor.RefusedError:
+    """KMS's refusal with this code."""
+    error = attestor.RefusedError(f"KMS refused to decrypt: {code}")
+    error.__cause__ = ClientError({"Error": {"Code": code}}, "Decrypt")
+    return error
+
+
+KMS: Final = attestor.Kms("eu-west-1", None, Deadline(60))
+BY_KEY: Final = attestor.Binding("alias/x")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, result: Exception | dict[str, Any]) -> None:
+    """Let KMS answer so."""
+
+    def ask(*_: object, **__: object) -> dict[str, Any]:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(attestor.Kms, "call", ask)
 
 
 def test_a_kms_that_ignores_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    kms = attestor.Kms("eu-west-1", None, Deadline(1))
-    monkeypatch.setattr(attestor.Kms, "call", lambda *_, **__: {})
-    with pytest.raises(attestor.NotAuthenticError, match="answered a dry run"):
-        doctor._attested_call(doctor.Case(kms=kms, key_id="alias/x"))
+    """With a ciphertext it has done what decrypt does; without one it has made something up."""
+    call(monkeypatch, {"Plaintext": b"x"})
+    reason, fix = dry_run(KMS, b"blob", attestor.Binding(None), None)
+    assert (reason.startswith("KMS decrypted"), fix) == (True, "is this endpoint AWS KMS?")
+    with pytest.raises(attestor.NotAuthenticError, match="without a ciphertext"):
+        dry_run(KMS, None, BY_KEY, None)
+
+
+@pytest.mark.parametrize("code", ["InvalidCiphertextException", "ValidationException"])
+def test_a_kms_that_knows_no_dry_run_without_a_ciphertext(
+    monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """It misses the ciphertext: nothing is known of it, and it is not called damaged."""
+    call(monkeypatch, answer(code))
+    with pytest.raises(NoVerdict, match="name one as CIPHERTEXT"):
+        dry_run(KMS, None, BY_KEY, None)
+    with pytest.raises(attestor.RefusedError):
+        dry_run(KMS, b"blob", BY_KEY, None)
+    with pytest.raises(doctor.Skipped, match="name one as CIPHERTEXT"):
+        doctor._attested_call(case(kms=KMS, bound=BY_KEY))
+
+
+def test_a_document_that_kms_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same exception, but here we know why."""
+    call(monkeypatch, answer("ValidationException"))
+    with pytest.raises(attestor.RefusedError):
+        dry_run(KMS, None, BY_KEY, None, document_holds=False)
+
+
+def test_a_botocore_that_knows_no_dry_run_without_a_ciphertext(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call(monkeypatch, attestor.InputError("KMS would not take these parameters"))
+    with pytest.raises(NoVerdict, match="this botocore"):
+        dry_run(KMS, None, BY_KEY, None)
+
+
+def test_a_failure_that_kms_does_not_mind_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: doctor.Case) -> doctor.Finding:
+        raise attestor.UnreachableError("no answer")
+
+    checks = (("tls", failing), ("attested call", lambda _: doctor.Finding("KMS would")))
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    results = doctor.examine(case())
+    assert [result.outcome for result in results] == ["warned", "passed"]
+    assert doctor.status_of(results) == 0
 
 
 def test_without_a_library_the_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NSM_LIBRARY", raising=False)
     monkeypatch.setattr("nsm.library.find_library", lambda: None)
     with pytest.raises(doctor.Skipped, match="/dev/nsm is used directly"):
-        doctor._library(doctor.Case())
-
-
-def test_an_endpoint_that_hangs_up() -> None:
-    """After the handshake, before it answers."""
-    ours, theirs = socket.socketpair()
-    theirs.close()
-    with ours, pytest.raises(attestor.UnreachableError, match="kms does not answer"):
-        doctor._date(ours, "kms")
+        doctor._library(case())
 
 
 def test_an_endpoint_that_does_not_tell_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_date", lambda *_: None)
-    endpoint: Any = SimpleNamespace(meta=SimpleNamespace(endpoint_url="https://kms"))
-    with pytest.raises(doctor.Skipped, match="does not tell its time"):
-        doctor._clock(doctor.Case(client=endpoint, tls=endpoint))
+    with pytest.raises(doctor.Skipped, match="has not told its time"):
+        doctor._clock(case())
+    monkeypatch.setattr(attestor, "wrong_clock", lambda: "clock of this enclave is 400 s behind")
+    assert doctor._clock(case()).fix == "set the clock of this enclave"
+    with pytest.raises(attestor.UnreachableError, match="KMS takes 300 s"):
+        doctor._clock(case(skew=400.0))
 
 
 def test_the_root_is_that_of_aws_unless_told() -> None:

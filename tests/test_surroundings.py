@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import ssl
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,42 +24,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import Enclave
 
-SHIM: Final = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdarg.h>
-#include <stdlib.h>
-#include <string.h>
-#include <fcntl.h>
-static int failing(const char *path) {
-    if (strcmp(path, "/dev/nsm")) return 0;
-    errno = atoi(getenv("NSM_OPEN_ERRNO"));
-    return 1;
-}
-#define OPENS(name) \
-int name(const char *path, int flags, ...) { \
-    if (failing(path)) return -1; \
-    va_list rest; va_start(rest, flags); int mode = va_arg(rest, int); va_end(rest); \
-    return ((int (*)(const char *, int, ...)) dlsym(RTLD_NEXT, #name))(path, flags, mode); \
-}
-OPENS(open)
-OPENS(open64)
-"""
-
-
 # -- the module's device
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A library in which the module's device cannot be opened, although it is there."""
-    folder = tmp_path_factory.mktemp("open")
-    (folder / "open.c").write_text(SHIM, encoding="utf-8")
-    compiler = os.environ.get("CC", "cc").split()
-    library, source = str(folder / "open.so"), str(folder / "open.c")
-    subprocess.run([*compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return library
 
 
 @pytest.mark.parametrize(
@@ -76,10 +40,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 @pytest.mark.parametrize("command", ["decrypt", "describe"])
 def test_a_device_that_cannot_be_opened(
-    enclave: Enclave, shim: str, command: str, number: int, status: int, parts: list[str]
+    enclave: Enclave, preload: Path, command: str, number: int, status: int, parts: list[str]
 ) -> None:
     enclave.place(bytes(range(256)))
-    environment: dict[str, str | None] = {"LD_PRELOAD": shim, "NSM_OPEN_ERRNO": str(number)}
+    environment: dict[str, str | None] = {"LD_PRELOAD": str(preload), "NSM_OPEN_ERRNO": str(number)}
     arguments = ["--any-key", "blob", "out"] if command == "decrypt" else []
     run = enclave.attestor(command, *arguments, environment=environment)
     assert run.status == status, run.err
