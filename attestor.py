@@ -79,7 +79,7 @@ from attestor_io.errors import (
 from attestor_io.reading import Message
 from attestor_io.secret_file import Target, open_target
 from attestor_io.shortage import shortage
-from attestor_io.text_options import demand_text, parse_context
+from attestor_io.text_options import complete_from, demand_text, parse_context
 from attestor_io.urls import redact_urls
 
 if TYPE_CHECKING:
@@ -815,7 +815,11 @@ def errors_translated(
         if ours is None:
             raise
         if isinstance(ours, RefusedError) and hasattr(error, "response"):
-            ours = _explained(ours, error, parameters)
+            from attestor_io.refusal import explained
+
+            refusal: Any = error
+            pcrs = _sent_pcrs() if refusal.operation_name in _SECRET_MEMBER else None
+            ours = explained(ours, refusal.response, parameters, pcrs)
         raise kms_errors.redacted(ours, session) from error
 
 
@@ -833,29 +837,6 @@ def wrong_clock() -> str:
         return ""
     side = "behind" if behind > 0 else "ahead of"
     return f"clock of this enclave is {abs(round(behind))} s {side} the Nitro Secure Module's"
-
-
-def _explained(refused: RefusedError, error: Any, parameters: Mapping[str, Any]) -> RefusedError:
-    """KMS's refusal of a call with these parameters, what was sent, and the likeliest causes."""
-    from datetime import UTC, datetime
-
-    from attestor_io.refusal import Refusal, clock_skew, explain
-
-    answer, metadata = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
-    refusal = Refusal(
-        code=str(answer.get("Code")),
-        message=str(answer.get("Message") or ""),
-        pcrs=_sent_pcrs() if error.operation_name in _SECRET_MEMBER else None,
-        key_id=parameters.get("KeyId"),
-        context=tuple(parameters.get("EncryptionContext") or ()),
-        algorithm=parameters.get("EncryptionAlgorithm"),
-        size=len(parameters.get("CiphertextBlob", b"")),
-        skew=clock_skew(metadata.get("HTTPHeaders", {}).get("date"), datetime.now(UTC)),
-    )
-    notes, hints = explain(refusal)
-    explained = RefusedError(str(refused), *hints)
-    explained.notes = notes
-    return explained
 
 
 def _sent_pcrs() -> Mapping[int, bytes]:
@@ -942,7 +923,7 @@ def load(spec: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {_room_of(spec), "keypolicy"}:
             raise
-        hint = "the package nitro-attestor brings it; this is the script alone"
+        hint = "this is the script alone: pip install . in a checkout of nitro-attestor brings it"
         raise InputError(f"{what} needs {error.name}, which is not installed", hint) from error
 
 
@@ -956,6 +937,8 @@ def _status_of(command: Callable[[], Any]) -> int:
         return int(command() or 0)
     except signals.Interrupted as interrupted:
         signals.end_by(interrupted.number)
+    except SystemExit as ended:  # click's own: 1 if the reader of a help text went away
+        return OutputError.status if ended.code == 1 else int(ended.code or 0)
     except Exception as error:  # noqa: BLE001 - every one becomes a message and a status
         return _report(error)
 
@@ -967,6 +950,8 @@ def _report(error: Exception) -> int:
         case _ if short and not isinstance(error, OutputError):  # it may come out as any other
             said = f": {error}" if isinstance(error, AttestorError) else ""
             return _fail(UnreachableError.status, f"{short}{said}")
+        case OutputError(__cause__=BrokenPipeError()):  # silent, as whoever SIGPIPE ends
+            return OutputError.status
         case AttestorError():
             return _fail(error.status, str(error), *error.hints, notes=error.notes)
         case click.exceptions.NoArgsIsHelpError():
@@ -977,7 +962,11 @@ def _report(error: Exception) -> int:
             message = error.format_message().rstrip(".")
             message = message[:1].lower() + message[1:]
             return _fail(InputError.status, message, "--help shows arguments and options")
-    # an unexpected one: its message may hold anything, so say only where it happened
+    return _report_unexpected(error)
+
+
+def _report_unexpected(error: Exception) -> int:
+    """Say where an exception happened, and nothing of its message, which may hold anything."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -1009,8 +998,17 @@ def say(kind: str, message: str) -> None:
 
 
 class _Notes(logging.Handler):
+    """Says a line once, however often it is done: the module is opened twice for a document."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        say("note", record.getMessage())
+        line = record.getMessage()
+        if line not in self._said:
+            self._said.add(line)
+            say("note", line)
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -1186,7 +1184,12 @@ def cli() -> None:
 @click.argument("ciphertext")
 @click.argument("output")
 @options(KMS_OPTIONS)
-@click.option("--algorithm", metavar="NAME", help=f"{', '.join(ALGORITHMS)}  [default: the first]")
+@click.option(
+    "--algorithm",
+    metavar="NAME",
+    shell_complete=complete_from(ALGORITHMS),
+    help=f"{', '.join(ALGORITHMS)}  [default: the first]",
+)
 @click.option("--base64", "base64_text", is_flag=True, help="CIPHERTEXT is base64 text")
 @click.option("--signed", is_flag=True, help="demand a signed message of the AWS Encryption SDK")
 @click.option("--context-contains", is_flag=True, help="a message's context may hold more names")
@@ -1255,10 +1258,14 @@ def decrypt_into(
 
 
 def warn_unless_pinned(key_id: str | None, *, any_key: bool) -> None:
-    """Say that the parent may have chosen the key, unless one is pinned or that is meant."""
+    """Say that the parent may have chosen the key, unless one is pinned or that is meant.
+
+    An alias pins none: it means what the account of the parent's credentials says.
+    """
     if not (any_key or names.is_pinned(key_id)):
-        said = "no key is pinned: the parent may have chosen ciphertext and key"
-        say("warning", f"{said}; give --key-id or --any-key")
+        what = f"{key_id} pins no key" if key_id else "no key is pinned"
+        said = f"{what}: the parent may have chosen ciphertext and key"
+        say("warning", f"{said}; give a key's ARN or id as --key-id, or --any-key")
 
 
 def main() -> NoReturn:

@@ -9,7 +9,8 @@ import click
 from attestor import KMS_OPTIONS, MODULE_OPTIONS, VSOCK_OPTIONS, options
 from attestor_commands.inputs import JSON_OPTION, ROOT_OPTION, evidence_errors, trusted_roots
 from attestor_commands.report import print_report, wrapped
-from attestor_io.ciphertext import check_algorithm
+from attestor_io.ciphertext import ALGORITHMS, check_algorithm
+from attestor_io.text_options import complete_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,12 @@ _COLUMN: Final = 24  # where a reason begins
 @click.command()
 @click.argument("ciphertext", required=False)
 @options(KMS_OPTIONS, without={"any_key"})
-@click.option("--algorithm", metavar="NAME", help="as of decrypt")
+@click.option(
+    "--algorithm",
+    metavar="NAME",
+    shell_complete=complete_from(ALGORITHMS),
+    help="of CIPHERTEXT, as for decrypt",
+)
 @click.option("--base64", "base64_text", is_flag=True, help="CIPHERTEXT is base64 text")
 @click.option("--context-contains", is_flag=True, help="a message's context may hold more names")
 @options(VSOCK_OPTIONS)

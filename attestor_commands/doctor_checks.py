@@ -197,8 +197,8 @@ def _library(_: Case) -> Finding:
         try:
             library.load(named)
         except library.LibraryError as error:
-            hint = "build it with make libnsm, or unset NSM_LIBRARY"
-            raise errors.InputError(f"NSM_LIBRARY cannot be used: {error}", hint) from error
+            hint = "make libnsm builds it; without --nsm-library and NSM_LIBRARY none is needed"
+            raise errors.InputError(f"library cannot be used: {error}", hint) from error
     found = named or library.find_library()
     if not found:
         raise Skipped("there is no patched libnsm.so: /dev/nsm is used directly")

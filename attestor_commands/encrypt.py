@@ -17,11 +17,12 @@ from attestor import (
 )
 from attestor_commands import public_keys
 from attestor_commands.inputs import FORCE_OPTION
-from attestor_io.ciphertext import check_algorithm, is_symmetric
+from attestor_io.ciphertext import ALGORITHMS, check_algorithm, is_symmetric
 from attestor_io.errors import InputError
 from attestor_io.progress import Progress
 from attestor_io.reading import Message, read_head
 from attestor_io.secret_file import open_target
+from attestor_io.text_options import complete_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     help="[default: auto]",
 )
 @click.option(
-    "--algorithm", metavar="NAME", help="of an RSA key: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1"
+    "--algorithm",
+    metavar="NAME",
+    shell_complete=complete_from(ALGORITHMS),
+    help="of an RSA key: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1",
 )
 @click.option(
     "--public-key", metavar="FILE", help="that RSA key, in PEM or DER, in the place of --key-id"

@@ -43,7 +43,7 @@ try:
 except ImportError as missing:
     raise InputError(
         "messages of the AWS Encryption SDK need the package aws-encryption-sdk",
-        "requirements/esdk.txt locks it, and the extra esdk asks for it",
+        "pip install '.[esdk]' in a checkout of nitro-attestor brings it",
     ) from missing
 
 FRAME_LENGTH: Final = 1 << 20  # of the messages we write

@@ -8,6 +8,7 @@ import click
 
 from attestor import parse_timeout, parse_vsock
 from attestor_commands.report import print_report
+from attestor_io.text_options import complete_from
 
 if TYPE_CHECKING:
     from attestor_io.deadline import Deadline
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path")
+@click.argument(
+    "path", shell_complete=complete_from(("placement/region", "instance-id", "tags/instance/"))
+)
 @click.option(
     "--imds-vsock",
     metavar="CID:PORT",

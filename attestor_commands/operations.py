@@ -25,6 +25,7 @@ from attestor_commands.placement import Placement
 from attestor_commands.public_keys import read_public_key
 from attestor_io.errors import InputError, NotAuthenticError
 from attestor_io.secret_file import open_target, real_path
+from attestor_io.text_options import complete_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +42,12 @@ _PAIR_SPECS: Final = (  # DataKeyPairSpec, same place
 @click.argument("key")
 @click.argument("wrapped")
 @options(KMS_OPTIONS)
-@click.option("--spec", metavar="NAME", help="AES_256 or AES_128")
+@click.option(
+    "--spec",
+    metavar="NAME",
+    shell_complete=complete_from(_KEY_SIZES),
+    help="AES_256 or AES_128",
+)
 @click.option(
     "--bytes",
     "size",
@@ -95,6 +101,7 @@ def generate_data_key(
     "--spec",
     metavar="NAME",
     required=True,
+    shell_complete=complete_from(_PAIR_SPECS),
     help="such as ECC_NIST_P256 or RSA_2048, as KMS names them",
 )
 @click.option(

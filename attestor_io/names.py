@@ -53,7 +53,10 @@ def resolve_region(option: str | None, key_id: str | None, environment: Mapping[
     in_environment = _region_in(environment)
     region = option or in_environment or (arn and arn[1])
     if not region:
-        raise InputError("no region", "give --region, set AWS_REGION, or name the key by its ARN")
+        raise InputError(
+            "no region",
+            "give --region (in a manifest: region), set AWS_REGION, or name the key by its ARN",
+        )
     if not _REGION.fullmatch(region):
         raise InputError(f"region {region} is not a region's name, such as eu-west-1")
     if arn and arn[1] != region:

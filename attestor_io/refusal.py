@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Final
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
 
+from attestor_io.errors import RefusedError
 from attestor_io.kms_errors import UNSIGNED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from datetime import datetime
 
 SKEW_MAX: Final = 300  # seconds between two clocks that Signature Version 4 forgives
 HINTS_MAX: Final = 2
 _SHOWN: Final = (0, 1, 2, 3, 4, 8)  # the PCRs that CloudTrail shows
-_DIGITS: Final = 16  # of a PCR, in notes
+_DIGITS: Final = (12, 4)  # of a PCR in notes, from its start and its end
 _EXPIRED: Final = frozenset(
     "ExpiredTokenException ExpiredToken UnrecognizedClientException InvalidClientTokenId".split()
 )
@@ -37,7 +39,8 @@ class Refusal:
 
     `pcrs` are those of the attestation document, None where the call carries none; `context` holds
     names only; `skew` is how many seconds KMS's clock is ahead of ours, None where its answer had
-    no date. `algorithm` and `size` (0 for none) are those of the ciphertext.
+    no date. `algorithm` and `size` (0 for none) are those of the ciphertext. `commands` says
+    whether hints may name attestor's further commands.
     """
 
     code: str
@@ -48,6 +51,7 @@ class Refusal:
     skew: float | None
     algorithm: str | None = None
     size: int = 0
+    commands: bool = True
 
 
 def clock_skew(date: str | None, now: datetime) -> float | None:
@@ -56,6 +60,34 @@ def clock_skew(date: str | None, now: datetime) -> float | None:
         return (parsedate_to_datetime(date or "") - now).total_seconds()
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def explained(
+    refused: RefusedError,
+    response: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    pcrs: Mapping[int, bytes] | None,
+) -> RefusedError:
+    """KMS's refusal of a call with these parameters, what was sent, and the likeliest causes.
+
+    `response` is the SDK's; `pcrs` as in `Refusal`.
+    """
+    answer, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
+    refusal = Refusal(
+        code=str(answer.get("Code")),
+        message=str(answer.get("Message") or ""),
+        pcrs=pcrs,
+        key_id=parameters.get("KeyId"),
+        context=tuple(parameters.get("EncryptionContext") or ()),
+        algorithm=parameters.get("EncryptionAlgorithm"),
+        size=len(parameters.get("CiphertextBlob", b"")),
+        skew=clock_skew(metadata.get("HTTPHeaders", {}).get("date"), datetime.now(UTC)),
+        commands=find_spec("attestor_commands") is not None,
+    )
+    notes, hints = explain(refusal)
+    ours = RefusedError(str(refused), *hints)
+    ours.notes = notes
+    return ours
 
 
 def explain(refusal: Refusal) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -76,7 +108,9 @@ def _notes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
 
 
 def _short(value: bytes) -> str:
-    return f"{value.hex()[:_DIGITS]}..." if any(value) else "zero"
+    """Enough of a PCR to tell it from others by; "zero" only for zeros, as in debug mode."""
+    digits, (start, end) = value.hex(), _DIGITS
+    return f"{digits[:start]}...{digits[-end:]}" if any(value) else "zero"
 
 
 def _debug(pcrs: Mapping[int, bytes]) -> bool:
@@ -97,12 +131,31 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
     elif code in UNSIGNED:
         yield (
             _clock(refusal.skew)
-            or "the secret key is wrong, or the clock is more than five minutes off"
+            or _scope(refusal.message)
+            or ("the secret key is wrong, or the clock is more than five minutes off")
         )
     elif code == "InvalidCiphertextException":
-        yield "the ciphertext is damaged, or was made with another --context"
+        yield (
+            "the ciphertext is damaged, or was made with another encryption context: compare "
+            "--context, or context in the manifest and the variables in it"
+        )
     elif code == "IncorrectKeyException":
-        yield "the ciphertext was made with another key than --key-id names"
+        yield (
+            "the ciphertext was made with another key than --key-id, or key_id in the manifest, "
+            "names"
+        )
+    elif code == "ValidationException" and refusal.pcrs is not None:
+        yield (
+            "KMS does not take a parameter, such as the attestation document: is it a Nitro "
+            "Secure Module's, and is the clock right?"
+        )
+
+
+def _scope(message: str) -> str:
+    """Signature Version 4 signs for one region ("Credential should be scoped to ...")."""
+    if "should be scoped to" not in message:
+        return ""
+    return "the endpoint is in another region than the one that was named: compare both"
 
 
 def _algorithm(refusal: Refusal) -> Iterable[str]:
@@ -201,6 +254,8 @@ def _accounts(message: str) -> tuple[str | None, str | None]:
 
 def _more(refusal: Refusal) -> Iterable[str]:
     """The command that tells more."""
+    if not refusal.commands:
+        return
     if refusal.code == "AccessDeniedException" and refusal.pcrs is not None:
         caller = re.search(r"User: (arn:[a-z-]+:(?:sts|iam)::\d{12}:[\w+=,.@/-]+)", refusal.message)
         yield (
@@ -208,4 +263,7 @@ def _more(refusal: Refusal) -> Iterable[str]:
             f"{caller[1] if caller else 'ROLE'}: which condition does not hold"
         )
     elif refusal.code in (*_EXPIRED, *UNSIGNED, "NotFoundException", "ValidationException"):
-        yield "attestor doctor checks everything on the way to KMS"
+        yield (
+            "attestor doctor CIPHERTEXT, with the same options, looks at everything on the way to "
+            "KMS"
+        )

@@ -116,7 +116,7 @@ class SecretFile:
         self._identity = (0, 0)
         folder, self._name = os.path.split(path)
         with self._errors_translated():
-            self._folder = Folder(folder)
+            self._folder = self._open_folder(folder)
             try:
                 self._check()
                 self._folder.claim()
@@ -124,6 +124,15 @@ class SecretFile:
             except BaseException:
                 self._folder.close()
                 raise
+
+    def _open_folder(self, path: str) -> Folder:
+        try:
+            return Folder(path)
+        except FileNotFoundError as error:
+            import shlex
+
+            hint = f"mkdir -p {shlex.quote(path)} makes it"
+            raise self._unwritable(f"there is no folder {path}", hint) from error
 
     def _check(self) -> None:
         """Find out what can be known before KMS is asked."""
@@ -241,8 +250,8 @@ class SecretFile:
             reason = error.strerror if isinstance(error, OSError) else "not a file name"
             raise self._unwritable(reason or str(error)) from error
 
-    def _unwritable(self, reason: str) -> OutputError:
-        return OutputError(f"{self._path} cannot be written: {reason}")
+    def _unwritable(self, reason: str, *hints: str) -> OutputError:
+        return OutputError(f"{self._path} cannot be written: {reason}", *hints)
 
     def __enter__(self) -> Self:
         return self

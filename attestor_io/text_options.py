@@ -1,4 +1,4 @@
-"""Options whose values are text: what is not UTF-8 is refused before anybody makes use of it."""
+"""Values of options and arguments that can be none: refused before anybody makes use of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import click
 from attestor_io.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from click.shell_completion import CompletionItem
 
 # `a=b,c=d` is two pairs to the AWS CLI, and one to us
 _SHORTHAND: Final = re.compile(r",\s*([^,=\s]+)=")
@@ -36,12 +38,47 @@ def _is_text(value: str) -> bool:
     return not any("\ud800" <= one <= "\udfff" for one in value)
 
 
+class FileName(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # as above
+    """The name of a file: any bytes, but not none, as of a shell's variable that is not set."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:  # noqa: ARG002 - as click calls it
+        """Return the value as it is; raises InputError."""
+        if value == "":
+            what = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0]
+            raise InputError(f"{what} is empty", "perhaps a variable of the shell is not set")
+        return value
+
+    def shell_complete(
+        self,
+        ctx: Any,  # noqa: ARG002 - as click calls it
+        param: Any,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Let the shell complete the names of files."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+def complete_from(values: Iterable[str]) -> Callable[[Any, Any, str], list[str]]:
+    """Let the shell complete an option's value from these, as click's `shell_complete`."""
+    return lambda _context, _option, incomplete: [
+        value for value in values if value.startswith(incomplete)
+    ]
+
+
 def demand_text(command: click.Command) -> click.Command:
-    """Have every option of a command be text, unless it names a file: Linux takes any bytes."""
-    for option in command.params:
-        is_file = option.metavar == "FILE"
-        if isinstance(option, click.Option) and option.type is click.STRING and not is_file:
-            option.type = Text()
+    """Have every option of a command be text, unless it names a file: Linux takes any bytes.
+
+    A single argument, and an option that names a file, is not empty.
+    """
+    for parameter in command.params:
+        if parameter.type is not click.STRING or parameter.nargs != 1:
+            continue
+        is_file = isinstance(parameter, click.Argument) or parameter.metavar == "FILE"
+        parameter.type = FileName() if is_file else Text()
     for inner in getattr(command, "commands", {}).values():
         demand_text(inner)
     return command

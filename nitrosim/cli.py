@@ -55,6 +55,15 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _complete_fault(_context: object, _option: object, incomplete: str) -> list[str]:
+    """The faults that a shell can complete to; none where the simulator is not installed whole."""
+    try:
+        from nitrosim.world import FAULTS
+    except ModuleNotFoundError:
+        return []
+    return [name for name in FAULTS if name.startswith(incomplete)]
+
+
 def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
@@ -85,6 +94,7 @@ def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "faults",
                 metavar="NAME",
                 multiple=True,
+                shell_complete=_complete_fault,
                 help='what goes wrong, one of each layer; "nitrosim faults" lists them',
             ),
             click.option(

@@ -74,13 +74,18 @@ def test_a_key_pinned_by_arn_brings_its_region_and_needs_no_warning(enclave: Enc
     )
 
 
-@pytest.mark.parametrize("options", [(), ("--key-id", "alias/nitrosim")])
-def test_without_a_pinned_key_one_line_warns(enclave: Enclave, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [((), "no key is pinned: "), (("--key-id", "alias/nitrosim"), "alias/nitrosim pins no key: ")],
+)
+def test_without_a_pinned_key_one_line_warns(
+    enclave: Enclave, options: tuple[str, ...], said: str
+) -> None:
     enclave.place(enclave.encrypt())
     run = enclave.attestor("decrypt", *options, "blob", "out")
     assert run.status == 0
     (line,) = run.err.splitlines()
-    assert line.startswith("attestor: warning: no key is pinned")
+    assert line.startswith(f"attestor: warning: {said}")
 
 
 def test_an_alias_and_any_key_need_no_warning(enclave: Enclave) -> None:

@@ -131,7 +131,7 @@ def test_an_alias_warns(enclave: Enclave) -> None:
     command = ["generate-data-key", "--key-id", "alias/nitrosim", "--spec", "AES_256"]
     run = enclave.attestor(*command, "key", "blob")
     assert run.status == 0
-    assert run.err.startswith("attestor: warning: no key is pinned")
+    assert run.err.startswith("attestor: warning: alias/nitrosim pins no key")
 
 
 @pytest.mark.parametrize(

@@ -80,13 +80,12 @@ def test_only_a_file_is_replaced(ready: Enclave) -> None:
 @pytest.mark.parametrize(
     ("target", "part"),
     [
-        ("absent/out", "No such file or directory"),
+        ("absent/out", "there is no folder absent"),
         ("blob/out", "Not a directory"),
         ("folder/", "names a folder"),
         (".", "names a folder"),
         ("folder/..", "names a folder"),
         ("x" * 256, "File name too long"),
-        ("", "names a folder"),
     ],
 )
 def test_a_target_that_cannot_be(ready: Enclave, target: str, part: str) -> None:
@@ -346,8 +345,7 @@ def test_a_reader_that_went_away(ready: Enclave) -> None:
         cwd=ready.folder, env=ready.environment, stdout=writer, stderr=subprocess.PIPE, check=False,
     )  # fmt: skip
     os.close(writer)
-    assert done.returncode == 7
-    assert b"standard output cannot be written: Broken pipe" in done.stderr
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 def test_standard_output_that_is_closed_or_full(ready: Enclave) -> None:

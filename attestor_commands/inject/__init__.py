@@ -9,7 +9,7 @@ import click
 from attestor import MODULE_OPTIONS, VSOCK_OPTIONS, options, parse_vsock
 from attestor_commands.inputs import FORCE_OPTION
 from attestor_commands.report import print_report
-from attestor_io.text_options import parse_pairs
+from attestor_io.text_options import FileName, parse_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,13 @@ def _print_schema(context: click.Context, _option: click.Parameter, asked: bool)
 
 @click.command()
 @click.argument("manifest")
-@click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="[-- PROGRAM ARG...]")
+@click.argument(
+    "program",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="[-- PROGRAM ARG...]",
+    shell_complete=FileName().shell_complete,
+)
 @click.option(
     "--set",
     "settings",
