@@ -97,7 +97,7 @@ def _check_algorithm(name: object) -> None:
     has changed before: nitro-cli 1.4 prints "Sha384 { ... }", 1.5 with sha2 0.10 "Sha512_48
     { .. }", which is SHA-512's core cut to 48 bytes. Other names tell nothing.
     """
-    found = re.search(r"sha-?(\d+)(?:_(\d+))?", str(name).lower())
+    found = re.search(r"sha-?([0-9]{1,6})(?:_([0-9]{1,6}))?", str(name).lower())
     if found and (int(found[2]) if found[2] else int(found[1]) // 8) != PCR_BYTES:
         raise PolicyError(f"measurements are of HashAlgorithm {abbreviated(name)}, expected Sha384")
 

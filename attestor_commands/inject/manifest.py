@@ -9,6 +9,7 @@ never something else.
 from __future__ import annotations
 
 import grp
+import itertools
 import os
 import posixpath
 import pwd
@@ -43,6 +44,8 @@ MANIFEST_MAX: Final = 1 << 20
 ENTRIES_MAX: Final = 300  # each needs two descriptors, of 1024 that a process has by default
 FILE_MAX: Final = 16 << 20
 VALUE_MAX: Final = 1024
+_PATH_MAX: Final = 4096  # bytes, linux/limits.h
+_DOTS_MAX: Final = 1000  # in one line, or as many squares of them in all lines together
 CONCURRENCY: Final = 3  # vsock-proxy serves four connections by default: one is left for others
 DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
@@ -115,6 +118,7 @@ def parse(
     with a variable that has a `tag` and no other value is the metadata service asked, over TCP
     where there is no imds_vsock.
     """
+    _check_dots(text)
     try:
         table = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
@@ -148,6 +152,16 @@ def parse(
         concurrency=table.get("concurrency", CONCURRENCY),
         pass_credentials=table.get("pass_credentials", False),
     )
+
+
+def _check_dots(text: bytes) -> None:
+    """Refuse what tomllib would take minutes for: its time is the square of a dotted key's parts.
+
+    Which dots belong to keys only a parser could tell, and a line of a manifest has few of any.
+    """
+    if sum(line.count(b".") ** 2 for line in text.split(b"\n")) > _DOTS_MAX**2:
+        most = f"at most {_DOTS_MAX} in one line, and less in all"
+        raise InputError(f"manifest has more dots than its keys and values need: {most}")
 
 
 def _address(table: Mapping[str, Any], name: str) -> Address | None:
@@ -357,6 +371,8 @@ def _source(text: str, where: str, variables: _Variables) -> str:
 def _target(path: str, where: str, what: str = "target") -> str:
     if not path.startswith("/"):
         raise InputError(f"{where}: {what} {path} is not an absolute path")
+    if len(os.fsencode(path)) >= _PATH_MAX:
+        raise InputError(f"{where}: {what} is longer than {_PATH_MAX - 1} bytes")
     if (
         posixpath.normpath(path) != path
         or path.startswith("//")
@@ -397,12 +413,7 @@ def _check_entries(entries: list[Entry]) -> None:
         if path in real:
             raise InputError(f"target {entry.target} is there twice")
         real[path] = entry.target
-    for path, target in real.items():
-        for parent in _parents(path):
-            if parent in real:
-                raise InputError(f"target {target} is inside target {real[parent]}")
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")
-    return ["/".join(parts[:end]) for end in range(2, len(parts))]
+    # in this order a folder is followed at once by all that is in it
+    for folder, path in itertools.pairwise(sorted(real, key=lambda path: path.split("/"))):
+        if path.startswith(f"{folder}/"):
+            raise InputError(f"target {real[path]} is inside target {real[folder]}")
