@@ -562,6 +562,9 @@ def attested(client_or_session: _T) -> _T:
     another key.
     """
     subject: Any = client_or_session
+    if _is_asynchronous(subject):
+        reason = f"{type(subject).__name__} is asynchronous: its answers would not be unwrapped"
+        raise InputError(reason, "take a client of botocore, and call it by asyncio.to_thread")
     if hasattr(subject, "meta"):
         service = subject.meta.service_model.service_name
         if service != "kms":
@@ -579,6 +582,16 @@ def attested(client_or_session: _T) -> _T:
     events.register("before-call.kms", _require_https, unique_id="attestor-https")
     events.register("after-call.kms", _unwrap_answer, unique_id="attestor-unwrap")
     return client_or_session
+
+
+def _is_asynchronous(subject: Any) -> bool:
+    """Whether a client or session is aiobotocore's or aioboto3's, which looks like botocore's."""
+    from inspect import iscoroutinefunction
+
+    # aioboto3's session holds aiobotocore's
+    kind = type(getattr(subject, "__dict__", {}).get("_session", subject))
+    methods = (getattr(kind, name, None) for name in ("_make_api_call", "get_credentials"))
+    return any(map(iscoroutinefunction, methods))
 
 
 class _AuthenticatedClient:
@@ -724,7 +737,7 @@ class Kms:
         """Let a new session load its data and find its credentials in our way."""
         from attestor_io import sdk_data
 
-        session.register_component("data_loader", sdk_data.loader())
+        sdk_data.confine(session)
         if self.imds_vsock:
             from attestor_io import vsock
 

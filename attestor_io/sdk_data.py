@@ -1,4 +1,4 @@
-"""The SDK's own data: service models, endpoints, partitions."""
+"""What a botocore session loads: the SDK's own data, and nobody else's code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,19 @@ class _FileLoader(JSONFileLoader):
             return super().load_file(file_path)
 
 
-def loader() -> Any:
+def confine(session: Any) -> None:
+    """Have a new botocore session load the SDK's own data alone, run no plugin, and report nothing.
+
+    `BOTOCORE_EXPERIMENTAL__PLUGINS` names modules that would be imported, and get each client.
+    Client-side monitoring (`AWS_CSM_ENABLED`, or a profile's `csm_enabled`) would send the session
+    token with each call, in the clear, to a host that the environment names.
+    """
+    session.register_component("data_loader", _loader())
+    session.set_config_variable("csm_enabled", False)  # comes before environment and profile
+    session._register_client_plugins = lambda client: None  # noqa: ARG005
+
+
+def _loader() -> Any:
     """A loader for a botocore session, in half the time and memory of its own.
 
     It neither walks over some 400 folders to list the services, nor makes an OrderedDict of each

@@ -7,8 +7,11 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+import botocore.client
+import botocore.session
 import pytest
 
+from attestor import InputError, attested
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -283,3 +286,30 @@ show(kinds)
 """,
     )
     assert kinds == ["ModuleError", "done"]
+
+
+# -- asyncio: aiobotocore's classes derive from botocore's, and add these methods
+
+
+class AioClient(botocore.client.BaseClient):  # type: ignore[misc,unused-ignore]  # has no types
+    async def _make_api_call(self, *_: object) -> object:
+        return {}
+
+
+class AioSession(botocore.session.Session):  # type: ignore[misc,unused-ignore]  # has no types
+    async def get_credentials(self) -> Any:  # type: ignore[override,unused-ignore]
+        return None
+
+
+class SessionOfAioboto3:
+    def __init__(self) -> None:
+        self._session = AioSession()
+        self.events = self._session.get_component("event_emitter")
+
+
+def test_clients_and_sessions_of_asyncio_are_refused_at_once() -> None:
+    """Their answers come to an emitter that awaits: nothing of a secret would be unwrapped."""
+    for subject in (object.__new__(AioClient), AioSession(), SessionOfAioboto3()):
+        with pytest.raises(InputError, match="is asynchronous: its answers would not") as refused:
+            attested(subject)
+        assert "asyncio.to_thread" in refused.value.hints[0]
