@@ -97,7 +97,7 @@ def _warm() -> None:
     for name in attestor.FURTHER_COMMANDS.values():
         attestor.load(name, name)
     session = botocore.session.Session()
-    session.register_component("data_loader", sdk_data.loader())
+    sdk_data.confine(session)
     session.set_credentials("none", "none")
     session.create_client("kms", region_name="eu-west-1")
     key = rsa.generate_private_key(65537, 2048)
