@@ -10,7 +10,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from nsm.document import PCR_SIZE, PCRS_MAX
+from nsm.document import NITROTPM_PCRS_MAX, PCR_SIZE, PCRS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,13 +24,13 @@ class ArgumentError(Exception):
     """A text that is not what it must be; the message names it, so it is not for secrets."""
 
 
-def parse_pcr(text: str) -> tuple[int, bytes]:
+def parse_pcr(text: str, count: int = PCRS_MAX) -> tuple[int, bytes]:
     """Read N=VALUE: 96 hexadecimal characters, as nitro-cli prints PCRs, or 64 of base64, as
-    CloudTrail shows them.
+    CloudTrail shows them. There are `count` PCRs.
     """
     number, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[0-9]|[12][0-9]|3[01]", number):
-        raise ArgumentError(f"{text[:40]!r} is not N=HEX with N from 0 to {PCRS_MAX - 1}")
+    if not equals or not re.fullmatch(r"[0-9]|[12][0-9]|3[01]", number) or int(number) >= count:
+        raise ArgumentError(f"{text[:40]!r} is not N=HEX with N from 0 to {count - 1}")
     if len(value) == 2 * PCR_SIZE and _HEX.fullmatch(value):
         return int(number), bytes.fromhex(value)
     if re.fullmatch(rf"[A-Za-z0-9+/]{{{_BASE64_LENGTH}}}", value):
@@ -40,6 +40,11 @@ def parse_pcr(text: str) -> tuple[int, bytes]:
         "hexadecimal ones "
         f"or {_BASE64_LENGTH} of base64"
     )
+
+
+def parse_nitrotpm_pcr(text: str) -> tuple[int, bytes]:
+    """Read N=VALUE of a NitroTPM, which has fewer PCRs."""
+    return parse_pcr(text, NITROTPM_PCRS_MAX)
 
 
 def merge(*parts: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:

@@ -11,6 +11,7 @@ from attestor_commands.inputs import (
     BASE64_OPTION,
     FIELD_OPTIONS,
     JSON_OPTION,
+    NITROTPM_PCR_OPTION,
     PCR_OPTION,
     ROOT_OPTION,
     evidence_errors,
@@ -76,8 +77,11 @@ def describe(in_base64: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("document")
 @PCR_OPTION
+@NITROTPM_PCR_OPTION
 @click.option(
-    "--measurements", metavar="FILE", help="expect the PCRs that nitro-cli build-enclave printed"
+    "--measurements",
+    metavar="FILE",
+    help="expect the PCRs that nitro-cli build-enclave or nitro-tpm-pcr-compute printed",
 )
 @click.option("--any-image", is_flag=True, help="expect no PCR, and say that this is meant")
 @options(FIELD_OPTIONS)
@@ -92,8 +96,6 @@ def describe(in_base64: bool, as_json: bool) -> None:
 @JSON_OPTION
 def verify(
     document: str,
-    pcrs: tuple[str, ...],
-    measurements: str | None,
     any_image: bool,
     at: str | None,
     max_age: str | None,
@@ -102,7 +104,7 @@ def verify(
     as_json: bool,
     **expected: Any,
 ) -> None:
-    """Verify an attestation document, offline, and show what it says.
+    """Verify an attestation document of an enclave or a NitroTPM, offline, and show what it says.
 
     \b
     Examples:
@@ -125,35 +127,54 @@ def verify(
             "--max-age contradicts --at document, at which every document is new",
             "leave one of them out",
         )
-    if not (pcrs or measurements or any_image):
+    asked = {name: expected.pop(name) for name in ("pcrs", "nitrotpm_pcrs", "measurements")}
+    if not (any(asked.values()) or any_image):
         hint = "give --pcr or --measurements, or --any-image if that is meant"
         raise InputError("no PCR is expected: every genuine enclave's document would pass", hint)
     with evidence_errors():
-        expect = _expectations(pcrs, measurements, max_age, expected)
+        expect = _expectations(asked, max_age, expected)
         now, roots = datetime.now(UTC), trusted_roots(root)
         time = now if at in {None, "document"} else parse_time(str(at))
         parsed = parse_file(document, AttestationDocument.parse, f"document {document}")
         if at == "document":
             time = parsed.signed_at
         verified = verify_document(parsed, roots=roots, at=time, expect=expect, now=now)
-    shown = evidence_report.document_object(
-        verified, now=now, expected=expect.pcrs, in_base64=in_base64
-    )
+    shown = evidence_report.document_object(verified, expect, now=now, in_base64=in_base64)
     print_report(shown, evidence_report.document_text, as_json=as_json)
 
 
 def _expectations(
-    pcrs: Sequence[str], measurements: str | None, max_age: str | None, expected: Mapping[str, Any]
+    asked: Mapping[str, Any], max_age: str | None, expected: Mapping[str, Any]
 ) -> Any:
-    from attestor_commands.arguments import merge, parse_age, parse_pcr
-    from keypolicy import measurements as parse_measurements
+    from attestor_commands.arguments import parse_age
     from nsm.document import Expectations
 
-    measured = parse_file(measurements, parse_measurements) if measurements else {}
+    pcrs, nitrotpm_pcrs = _expected_pcrs(**asked)
     return Expectations(
-        pcrs=merge(*([pair] for pair in map(parse_pcr, pcrs)), measured.items()),
+        source="nitrotpm" if nitrotpm_pcrs else "enclave" if pcrs else None,
+        pcrs=pcrs,
+        nitrotpm_pcrs=nitrotpm_pcrs,
         max_age=parse_age(max_age) if max_age is not None else None,
         module_id=expected["module_id"],
         allow_debug=expected["allow_debug"],
         **field_values(**{name: expected[name] for name in ("nonce", "user_data", "public_key")}),
     )
+
+
+def _expected_pcrs(
+    pcrs: Sequence[str], nitrotpm_pcrs: Sequence[str], measurements: str | None
+) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """The PCRs of an enclave or those of a NitroTPM; a document has one kind alone."""
+    from attestor_commands.arguments import merge, parse_nitrotpm_pcr, parse_pcr
+    from keypolicy import Measured, measured
+
+    read = parse_file(measurements, measured) if measurements else Measured("enclave", {})
+    listed = {read.source: read.pcrs.items()}
+    enclave = merge(map(parse_pcr, pcrs), listed.get("enclave", ()))
+    nitrotpm = merge(map(parse_nitrotpm_pcr, nitrotpm_pcrs), listed.get("nitrotpm", ()))
+    if enclave and nitrotpm:
+        raise InputError(
+            "PCRs of an enclave and of a NitroTPM are expected, but a document has one kind",
+            "leave one of them out",
+        )
+    return enclave, nitrotpm

@@ -28,12 +28,16 @@ _DOCUMENT_HINTS: Final = {
             "timestamp, --at TIME then"
         ),
     ),
+    "source": ("--pcr is of enclaves, --nitrotpm-pcr of EC2 instances: they measure other things",),
     "debug_mode": (
         "--allow-debug accepts it, for tests",
         "it attests zeros, not its image: --measurements takes what nitro-cli printed of the image",
     ),
     "pcrs": (
-        "another image, kernel or instance: compare with what nitro-cli build-enclave printed",
+        (
+            "another image, kernel or instance: compare with what nitro-cli build-enclave printed, "
+            "or nitro-tpm-pcr-compute"
+        ),
     ),
 }
 FIELD_OPTIONS: Final = {
@@ -58,6 +62,15 @@ PCR_OPTION: Final = click.option(
     metavar="N=HEX",
     multiple=True,
     help="value of a PCR (base64 is taken too), repeatable",
+)
+
+
+NITROTPM_PCR_OPTION: Final = click.option(
+    "--nitrotpm-pcr",
+    "nitrotpm_pcrs",
+    metavar="N=HEX",
+    multiple=True,
+    help="the same of an EC2 instance's NitroTPM, repeatable",
 )
 
 

@@ -34,6 +34,7 @@ from keypolicy.evaluate import (
 from keypolicy.findings import RECIPIENT_ACTIONS, Finding
 from keypolicy.measure import measurements, pcr_of_certificate, pcr_of_instance, pcr_of_role
 from keypolicy.model import ATTESTATION, POLICY_MAX, Condition, Policy, PolicyError, Statement
+from keypolicy.nitrotpm import Measured, measured
 from keypolicy.render import Bind, Rendered, render
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Decision",
     "Evaluation",
     "Finding",
+    "Measured",
     "Policy",
     "PolicyError",
     "Rendered",
@@ -55,6 +57,7 @@ __all__ = [
     "StatementFinding",
     "check",
     "evaluate",
+    "measured",
     "measurements",
     "pcr_of_certificate",
     "pcr_of_instance",

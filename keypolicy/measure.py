@@ -57,7 +57,7 @@ def measurements(text: str | bytes) -> dict[int, bytes]:
     Takes their JSON, and that of `eif_build` with the line that it prints before. Raises
     PolicyError; also for an enclave in debug mode, whose listed PCRs are not those that it attests.
     """
-    document = read_json(_without_preamble(text))
+    document = read_json(without_preamble(text))
     if isinstance(document, list):  # describe-enclaves lists enclaves, build-enclave prints one
         if len(document) != 1:
             raise PolicyError(f"measurements list {len(document)} enclaves, expected 1")
@@ -71,7 +71,7 @@ def measurements(text: str | bytes) -> dict[int, bytes]:
     listed = document.get("Measurements", document)
     if not isinstance(listed, dict):
         raise PolicyError("Measurements is not a JSON object")
-    _check_algorithm(listed.get("HashAlgorithm"))
+    check_algorithm(listed.get("HashAlgorithm"))
     pcrs = {
         int(name[3:]): _measurement(name, value)
         for name, value in listed.items()
@@ -82,7 +82,7 @@ def measurements(text: str | bytes) -> dict[int, bytes]:
     return pcrs
 
 
-def _without_preamble(text: str | bytes) -> bytes:
+def without_preamble(text: str | bytes) -> bytes:
     """Drop the lines before the JSON: `eif_build` begins with "Output file: ..." on its stdout."""
     data = text.encode(errors="replace") if isinstance(text, str) else text
     # An object, or a list of objects: a line that begins with "[INFO]" is neither.
@@ -90,7 +90,7 @@ def _without_preamble(text: str | bytes) -> bytes:
     return data[begin.start() :] if begin else data
 
 
-def _check_algorithm(name: object) -> None:
+def check_algorithm(name: object) -> None:
     """Refuse a hash algorithm whose values have another length than SHA-384's.
 
     The 96 digits say themselves what they are; the name is the Debug output of a Rust type, and

@@ -5,6 +5,10 @@ CBOR map with the PCRs, three optional fields of the caller, and the certificate
 down to the signing key. The format and the steps of the verification are those of
 docs/attestation_process.md in aws-nitro-enclaves-nsm-api. Two types keep what was merely parsed
 apart from what was proved: `AttestationDocument` and `VerifiedDocument`.
+
+The NitroTPM of an EC2 instance signs documents in the same format but for the name of the PCRs,
+which measure other things. The two kinds of PCRs are fields of their own everywhere, so that none
+of one kind is ever compared with one of the other.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import hashlib
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
 
 import cbor2
 from cryptography.exceptions import InvalidSignature
@@ -42,6 +46,7 @@ __all__ = [
     "CERTIFICATE_MAX",
     "CHECKS",
     "FIELD_MAX",
+    "NITROTPM_PCRS_MAX",
     "PAYLOAD_MAX",
     "PCRS_MAX",
     "PCR_SIZE",
@@ -50,6 +55,7 @@ __all__ = [
     "ChainEntry",
     "DocumentError",
     "Expectations",
+    "Source",
     "VerifiedDocument",
     "verify",
 ]
@@ -65,6 +71,15 @@ PUBLIC_KEY_MAX: Final = 1024
 # 512 in one section of the specification, 1024 in another; genuine NSMs sign more than 512 bytes
 FIELD_MAX: Final = 1024
 PCRS_MAX: Final = 32
+NITROTPM_PCRS_MAX: Final = 24  # the PCRs of a PC Client TPM, all of which are in a document
+
+Source = Literal["enclave", "nitrotpm"]
+"""Whose document it is: a Nitro Enclave's, or that of the NitroTPM of an EC2 instance."""
+
+_WHOSE: Final = {
+    "enclave": "an enclave",
+    "nitrotpm": "a NitroTPM, which is of a whole EC2 instance",
+}
 
 _PROTECTED_ES384: Final = bytes.fromhex("a1013822")  # {1: -35}, RFC 9053 table 1
 _TIMESTAMP_MAX: Final = 253_402_300_799_999  # the end of the year 9999, in milliseconds
@@ -75,15 +90,17 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 class AttestationDocument:
     """What a document says, parsed and **not verified**.
 
-    `timestamp` is in milliseconds since the epoch, `pcrs` holds the locked PCRs as {index: 48
-    bytes}, `certificate` is the signer's in DER and `cabundle` its issuers', root first.
-    `protected`, `payload` and `signature` are the signed parts exactly as received.
+    `timestamp` is in milliseconds since the epoch, `pcrs` holds the locked PCRs of an enclave as
+    {index: 48 bytes}, `nitrotpm_pcrs` those of a NitroTPM; one of the two is empty. `certificate`
+    is the signer's in DER and `cabundle` its issuers', root first. `protected`, `payload` and
+    `signature` are the signed parts exactly as received.
     """
 
     module_id: str
     digest: str
     timestamp: int
     pcrs: Mapping[int, bytes]
+    nitrotpm_pcrs: Mapping[int, bytes]
     certificate: bytes = field(repr=False)
     cabundle: tuple[bytes, ...] = field(repr=False)
     public_key: bytes | None
@@ -105,11 +122,13 @@ class AttestationDocument:
             raise DocumentError(
                 "format", f"payload is {kind_of(fields)}, expected a map with text keys"
             )
+        pcrs, nitrotpm_pcrs = _pcrs_by_kind(fields)
         return cls(
             module_id=_module_id(fields),
             digest=_digest(fields),
             timestamp=_timestamp(fields),
-            pcrs=_pcrs(fields),
+            pcrs=pcrs,
+            nitrotpm_pcrs=nitrotpm_pcrs,
             certificate=sized(
                 "certificate", mandatory(fields, "certificate", bytes), 1, CERTIFICATE_MAX
             ),
@@ -123,11 +142,16 @@ class AttestationDocument:
         )
 
     @property
+    def source(self) -> Source:
+        """Whose document it is, which its PCRs tell."""
+        return "nitrotpm" if self.nitrotpm_pcrs else "enclave"
+
+    @property
     def debug_mode(self) -> bool:
         """Whether the enclave runs in debug mode, which zeroes PCR0; a document without PCR0 counts
-        as such.
+        as such. A NitroTPM has no such mode, and zero is a PCR of it that nothing was measured to.
         """
-        return not any(self.pcrs.get(0, b""))
+        return self.source == "enclave" and not any(self.pcrs.get(0, b""))
 
     @property
     def signed_at(self) -> datetime:
@@ -139,16 +163,26 @@ class AttestationDocument:
 class Expectations:
     """What a document must say beyond being authentic; None and an absent PCR expect nothing.
 
+    `source` says whose document it must be, None that either kind will do. `pcrs` are an enclave's,
+    `nitrotpm_pcrs` a NitroTPM's; raises ValueError for those of another kind than `source`.
     `max_age` bounds the distance between the timestamp and the real now, in both directions.
     """
 
+    source: Source | None = "enclave"
     pcrs: Mapping[int, bytes] = field(default_factory=dict)
+    nitrotpm_pcrs: Mapping[int, bytes] = field(default_factory=dict)
     nonce: bytes | None = None
     user_data: bytes | None = None
     public_key: bytes | None = None
     module_id: str | None = None
     max_age: timedelta | None = None
     allow_debug: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.pcrs and self.source != "enclave") or (
+            self.nitrotpm_pcrs and self.source != "nitrotpm"
+        ):
+            raise ValueError(f"PCRs are expected of another kind than source {self.source!r}")
 
 
 class ChainEntry(NamedTuple):
@@ -230,7 +264,7 @@ def verify(
         root_sha256=root,
         at=at,
         certificates=tuple(link.certificate for link in chain),
-        checks=_passed(expect),
+        checks=_passed(document, expect),
         seal=_SEAL,
     )
 
@@ -261,16 +295,27 @@ def _timestamp(fields: Mapping[str, object]) -> int:
     return timestamp
 
 
-def _pcrs(fields: Mapping[str, object]) -> Mapping[int, bytes]:
+def _pcrs_by_kind(
+    fields: Mapping[str, object],
+) -> tuple[Mapping[int, bytes], Mapping[int, bytes]]:
+    """The PCRs of an enclave and those of a NitroTPM, of which a document has one kind."""
+    if fields.get("nitrotpm_pcrs") is None:
+        return _pcrs(fields, "pcrs", PCRS_MAX), MappingProxyType({})
+    if fields.get("pcrs") is not None:
+        raise DocumentError("format", "payload has pcrs and nitrotpm_pcrs, expected one of the two")
+    return MappingProxyType({}), _pcrs(fields, "nitrotpm_pcrs", NITROTPM_PCRS_MAX)
+
+
+def _pcrs(fields: Mapping[str, object], name: str, count: int) -> Mapping[int, bytes]:
     """The PCRs; the specification allows other sizes, for digests that it does not allow."""
-    pcrs: dict[object, object] = mandatory(fields, "pcrs", dict)
-    if not 1 <= len(pcrs) <= PCRS_MAX:
-        raise DocumentError("format", f"pcrs has {len(pcrs)} entries, expected 1 to {PCRS_MAX}")
+    pcrs: dict[object, object] = mandatory(fields, name, dict)
+    if not 1 <= len(pcrs) <= count:
+        raise DocumentError("format", f"{name} has {len(pcrs)} entries, expected 1 to {count}")
     checked: dict[int, bytes] = {}
     for index, value in pcrs.items():
-        if type(index) is not int or not 0 <= index < PCRS_MAX:
+        if type(index) is not int or not 0 <= index < count:
             raise DocumentError(
-                "format", f"pcrs has the index {str(index)[:16]}, expected 0 to {PCRS_MAX - 1}"
+                "format", f"{name} has the index {str(index)[:16]}, expected 0 to {count - 1}"
             )
         if type(value) is not bytes:
             raise DocumentError(
@@ -349,6 +394,13 @@ def _check_timestamp(document: AttestationDocument, leaf: Link) -> None:
 
 
 def _check_expectations(document: AttestationDocument, expect: Expectations, now: datetime) -> None:
+    if expect.source not in {None, document.source}:
+        # before all else: the other kind's PCRs and modes mean other things
+        raise DocumentError(
+            "source",
+            f"document is of {_WHOSE[document.source]}, expected one of "
+            f"{_WHOSE[expect.source or document.source]}",
+        )
     if document.debug_mode and not expect.allow_debug:
         # before the PCRs: it explains why they differ
         raise DocumentError(
@@ -357,6 +409,10 @@ def _check_expectations(document: AttestationDocument, expect: Expectations, now
         )
     for index in sorted(expect.pcrs):
         _expect(f"PCR{index}", "pcrs", document.pcrs.get(index), expect.pcrs[index])
+    for index in sorted(expect.nitrotpm_pcrs):
+        expected_pcr = expect.nitrotpm_pcrs[index]
+        name = f"NitroTPM PCR{index}"
+        _expect(name, "pcrs", document.nitrotpm_pcrs.get(index), expected_pcr)
     for name in ("nonce", "user_data", "public_key", "module_id"):
         expected = getattr(expect, name)
         if expected is not None:
@@ -397,6 +453,7 @@ _ALWAYS: Final = (
 )
 CHECKS: Final = (
     *_ALWAYS,
+    "source",
     "debug_mode",
     "pcrs",
     "nonce",
@@ -407,11 +464,12 @@ CHECKS: Final = (
 )
 
 
-def _passed(expect: Expectations) -> tuple[str, ...]:
+def _passed(document: AttestationDocument, expect: Expectations) -> tuple[str, ...]:
     """The checks that were made: expectations count only where there was something to expect."""
     asked: Iterable[tuple[str, bool]] = (
-        ("debug_mode", not expect.allow_debug),
-        ("pcrs", bool(expect.pcrs)),
+        ("source", expect.source is not None),
+        ("debug_mode", document.source == "enclave" and not expect.allow_debug),
+        ("pcrs", bool(expect.pcrs or expect.nitrotpm_pcrs)),
         ("nonce", expect.nonce is not None),
         ("user_data", expect.user_data is not None),
         ("public_key", expect.public_key is not None),

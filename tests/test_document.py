@@ -340,7 +340,7 @@ def test_a_simulated_document_verifies(pki: NsmPki) -> None:
     assert [entry.not_before for entry in verified.chain] == [
         NOW - SHAPES[level].age for level in SHAPES
     ]
-    assert verified.checks == CHECKS[:14]
+    assert verified.checks == CHECKS[:15]
     assert "debug_mode" in verified.checks
 
 

@@ -364,6 +364,7 @@ def test_the_json_of_verify(enclave: Enclave) -> None:
     assert datetime.fromisoformat(shown.pop("verified_at")).tzinfo
     assert shown == {
         "verified": True,
+        "source": "enclave",
         "module_id": DEFAULT_MODULE_ID,
         "digest": "SHA384",
         "signed_at": document.signed_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -372,6 +373,7 @@ def test_the_json_of_verify(enclave: Enclave) -> None:
         "pcr_encoding": "hex",
         "pcrs": {str(index): value.hex() for index, value in sorted(DEFAULT_PCRS.items())}
         | {"3": document.pcrs[3].hex()},
+        "nitrotpm_pcrs": {},
         "expected_pcrs": [0],
         "public_key": None,
         "user_data": None,
