@@ -8,8 +8,10 @@ import itertools
 import json
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import botocore
 import pytest
 
 from nitrosim import kms_faults
@@ -19,9 +21,9 @@ from tests.forked import ForkServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 DAY: Final = 86400
+OTHER_ROOTS: Final = str(Path(botocore.__file__).with_name("cacert.pem"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ FAULTS: Final = {
     "unknown name": Fault("network", {"AWS_ENDPOINT_URL_KMS": "https://kms.invalid"}, port="none"),
     "hanging": Fault("network", port="silent"),
     "hanging over vsock": Fault("network", port="silent", vsock=True),
-    "wrong TLS": Fault("tls", {"AWS_CA_BUNDLE": None}),
+    "wrong TLS": Fault("tls", {"AWS_CA_BUNDLE": OTHER_ROOTS}),
     "no CA bundle": Fault("tls", {"AWS_CA_BUNDLE": "/nowhere.pem"}),
     "clock 200 s behind": Fault("clock", {"CLOCK_AHEAD": "-200"}),
     "clock 400 s behind": Fault("clock", {"CLOCK_AHEAD": "-400"}),
