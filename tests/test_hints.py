@@ -139,6 +139,9 @@ LEADS: Final = [
          (f"{_VERIFY} --at document old.doc", f"{_VERIFY} --at $THEN old.doc")),
     Lead("a document is binary, as attestor attest writes it: decode base64 text first",
          f"{_VERIFY} doc.b64", ("!base64 -d < doc.b64 > decoded", f"{_VERIFY} decoded")),
+    Lead("--pcr is of enclaves, --nitrotpm-pcr of EC2 instances: they measure other things",
+         "verify --root $ROOT --nitrotpm-pcr 4=$PCR0 doc",
+         ("verify --root $ROOT --pcr 0=$PCR0 doc",)),
     # policies
     Lead("it has {}", f"{_RENDER} --measurements m.json --take 8",
          (f"{_RENDER} --measurements m.json --take 0",)),
@@ -175,6 +178,7 @@ NOTHING_TO_RUN: Final = {
          "PowerShell's > writes that: have the bytes written that the text stands for",
          "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock",
          "attestor encrypt, or the AWS Encryption SDK from 2.0 on, writes one with it",
+         "take a client of botocore, and call it by asyncio.to_thread",
          "is vsock-proxy running on the parent, and does it allow this endpoint?",
          "this is a bug in attestor: please report it"),
         ("the AWS CLI is not here",
@@ -183,7 +187,8 @@ NOTHING_TO_RUN: Final = {
          ("aws ec2 modify-instance-metadata-options --instance-id ID --instance-metadata-tags "
           "enabled lets it show them")),
         ("nitro-cli is not here",
-         "another image, kernel or instance: compare with what nitro-cli build-enclave printed",
+         ("another image, kernel or instance: compare with what nitro-cli build-enclave printed, "
+          "or nitro-tpm-pcr-compute"),
          "start the enclave without --debug-mode: no key policy should allow zero PCRs"),
         ("needs a package index",
          "pip install '.[esdk]' in a checkout of nitro-attestor brings it",
