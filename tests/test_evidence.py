@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+import cbor2
 import pytest
 from click.testing import CliRunner
 from cryptography import x509
@@ -20,6 +21,7 @@ from attestor_commands.report import WIDTH, age
 from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS
 from nsm.document import CHECKS, AttestationDocument
 from tests.conftest import Run
+from tests.test_document import signed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -326,6 +328,43 @@ def test_what_is_no_document(tmp_path: Path, data: bytes) -> None:
         "longer than" if len(data) > 262144 else "document refused, format",
     )
     assert ("decode base64 text" in run.err) == (len(data) == 132)
+
+
+def test_the_document_of_qemu_is_refused_by_its_form(enclave: Enclave) -> None:
+    """Its nitro-enclave machine has no key: certificates and signature are 64 zero bytes."""
+    payload = {
+        "module_id": "i-234-enc5678",
+        "digest": "SHA384",
+        "timestamp": 1770000000000,
+        "pcrs": dict.fromkeys(range(16), bytes(48)),
+        "certificate": bytes(64),
+        "cabundle": [bytes(64)],
+        "public_key": None,
+        "user_data": None,
+        "nonce": None,
+    }
+    document = [cbor2.dumps({1: -1}), {}, cbor2.dumps(payload), bytes(64)]
+    enclave.place(cbor2.dumps(document), "doc")
+    run = enclave.attestor("verify", "--any-image", "doc")
+    refused(run, 6, "document refused, format: ")
+    assert "base64" not in run.err
+
+
+def test_a_serial_number_that_is_negative_prints_no_warning_of_a_library(enclave: Enclave) -> None:
+    """RFC 5280 forbids it (4.1.2.2), and cryptography says so; what a document is, verify says."""
+    pki = enclave.world.module._pki
+    serial = pki.levels["leaf"].certificate.serial_number
+    number = serial.to_bytes((serial.bit_length() + 8) // 8)
+    negative = pki.leaf_der.replace(number, bytes((number[0] | 0x80,)) + number[1:], 1)
+    assert negative != pki.leaf_der
+    assert x509.load_der_x509_certificate(pki.leaf_der).serial_number > 0
+    now = datetime.now(UTC).timestamp()
+    fields = {"certificate": negative, "module_id": DEFAULT_MODULE_ID, "timestamp": int(now * 1000)}
+    enclave.place(signed(pki, **fields), "doc")
+    root = enclave.environment["NITROSIM_NSM_ROOT"]
+    run = enclave.attestor("verify", "--any-image", "--root", root, "doc")
+    refused(run, 6, "document refused, ")
+    assert len(run.err.splitlines()) == 1
 
 
 def test_a_document_from_standard_input_and_one_that_is_not_there(enclave: Enclave) -> None:
