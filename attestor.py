@@ -40,7 +40,6 @@ if __name__ == "__main__":
 
 import atexit
 import contextlib
-import errno
 import gc
 import logging
 import os
@@ -76,6 +75,7 @@ from attestor_io.errors import (
     RefusedError,
     UnreachableError,
 )
+from attestor_io.module_options import SOURCE_OPTIONS
 from attestor_io.reading import Message
 from attestor_io.secret_file import Target, open_target
 from attestor_io.shortage import shortage
@@ -146,13 +146,6 @@ _SECRET_MEMBER: Final = {
     "DeriveSharedSecret": "SharedSecret",
 }
 
-_NO_ENCLAVE: Final = "this does not look like a Nitro Enclave: only there is the module's device"
-_NOT_PERMITTED: Final = "the device is there: this user or a sandbox lacks permission to use it"
-_OPEN_HINTS: Final = {  # what open(2) of /dev/nsm can say although this is an enclave
-    errno.EACCES: _NOT_PERMITTED,
-    errno.EPERM: _NOT_PERMITTED,
-    errno.EBUSY: "the device is there: another process holds it",
-}
 
 # ------------------------------------------------------------------- the envelope (RFC 5652, X.690)
 
@@ -435,7 +428,9 @@ class Recipient:
         try:
             self._answered.result(deadline.left)
         except FutureTimeoutError:
-            reason = f"the Nitro Secure Module does not answer within {deadline.seconds:g} seconds"
+            from nsm.source import title
+
+            reason = f"the {title()} does not answer within {deadline.seconds:g} seconds"
             raise ModuleError(reason) from None
 
     def document(self) -> bytes:
@@ -494,22 +489,18 @@ class Recipient:
 
 
 def use_module(use: Callable[[Any], _T]) -> _T:
-    """Open the Nitro Secure Module, use it, close it; its errors become ours."""
-    from nsm import Nsm, NsmError
-    from nsm.library import LibraryError
+    """Open the Nitro Secure Module, or the NitroTPM, use it, close it; its errors become ours."""
+    from nsm import Nsm, NsmError, SetupError, source
 
     try:
         with Nsm() as module:
-            log.info("Nitro Secure Module through %s", module.transport_name)
+            log.info("%s through %s", module.title, module.transport_name)
             return use(module)
-    except LibraryError as error:
-        raise InputError(f"library of the Nitro Secure Module cannot be used: {error}") from error
+    except SetupError as error:
+        raise InputError(f"{error.subject} cannot be used: {error}") from error
     except NsmError as error:
-        if error.operation != "open":
-            raise ModuleError(f"the Nitro Secure Module refused: {error}") from error
-        hint = _OPEN_HINTS.get(error.errno or 0, _NO_ENCLAVE)
-        kind = "no Nitro Secure Module" if hint is _NO_ENCLAVE else "Nitro Secure Module not opened"
-        raise ModuleError(f"{kind}: {error}", hint) from error
+        reason, hints = source.explain(error)
+        raise ModuleError(reason, *hints) from error
 
 
 _worker: IdleWorker | None = None
@@ -831,8 +822,8 @@ def errors_translated(
             from attestor_io.refusal import explained
 
             refusal: Any = error
-            pcrs = _sent_pcrs() if refusal.operation_name in _SECRET_MEMBER else None
-            ours = explained(ours, refusal.response, parameters, pcrs)
+            sent = _sent_pcrs() if refusal.operation_name in _SECRET_MEMBER else {}
+            ours = explained(ours, refusal.response, parameters, sent)
         raise kms_errors.redacted(ours, session) from error
 
 
@@ -852,14 +843,17 @@ def wrong_clock() -> str:
     return f"clock of this enclave is {abs(round(behind))} s {side} the Nitro Secure Module's"
 
 
-def _sent_pcrs() -> Mapping[int, bytes]:
-    """The PCRs of the document that was sent last, which is our own: it is parsed, not verified."""
+def _sent_pcrs() -> Mapping[str, Mapping[int, bytes]]:
+    """The PCRs, by kind, of the document that was sent last: our own, so parsed, not verified."""
     from nsm.document import AttestationDocument, DocumentError
 
     try:
-        return AttestationDocument.parse(process_recipient().last_document).pcrs
+        document = AttestationDocument.parse(process_recipient().last_document)
     except DocumentError:
-        return {}
+        return {"pcrs": {}}
+    if document.source == "nitrotpm":
+        return {"nitrotpm_pcrs": document.nitrotpm_pcrs}
+    return {"pcrs": document.pcrs}
 
 
 # ---------------------------------------------------------------------------- edges: the ciphertext
@@ -1035,14 +1029,6 @@ def _set_verbose(_context: click.Context, _option: click.Parameter, verbose: boo
         log.propagate = False
 
 
-def _set_library(_context: click.Context, _option: click.Parameter, path: str | None) -> None:
-    """Hand the library on to nsm, which looks for it in the environment."""
-    if path == "":
-        raise InputError("--nsm-library is empty")
-    if path is not None:
-        os.environ["NSM_LIBRARY"] = path
-
-
 def parse_timeout(_context: click.Context, _option: click.Parameter, text: str) -> Deadline:
     """The deadline of a command, from now on, as an option's value; raises InputError."""
     try:
@@ -1075,13 +1061,7 @@ def parse_vsock(
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 MODULE_OPTIONS: Final[Mapping[str, _Decorator]] = {
-    "nsm_library": click.option(
-        "--nsm-library",
-        metavar="FILE",
-        callback=_set_library,
-        expose_value=False,
-        help="patched libnsm.so, which must work  [env: NSM_LIBRARY]",
-    ),
+    **SOURCE_OPTIONS,
     "verbose": click.option(
         "-v",
         "--verbose",

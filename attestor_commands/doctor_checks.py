@@ -26,7 +26,7 @@ from attestor_io.ciphertext import is_symmetric, read_ciphertext
 from attestor_io.reading import Message
 from attestor_io.refusal import SKEW_MAX, clock_skew
 from attestor_io.urls import without_query
-from nsm import document, library
+from nsm import document, library, source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -192,6 +192,8 @@ def _ciphertext(case: Case) -> Finding:
 
 def _library(_: Case) -> Finding:
     """The patched library, if there is one; its ABI version is checked when it is loaded."""
+    if source.title() == source.TITLES["nitrotpm"]:
+        raise Skipped("not needed: the NitroTPM is reached through its device")
     named = os.environ.get("NSM_LIBRARY")
     if named:
         try:
@@ -396,7 +398,7 @@ def _verification(case: Case) -> Finding:
         if case.skew is not None and "clock" not in case.failed:
             at = datetime.now(UTC) + timedelta(seconds=case.skew)
         root = hashlib.sha256(case.parsed.cabundle[0]).digest()
-        expect = document.Expectations(allow_debug=True)
+        expect = document.Expectations(source=None, allow_debug=True)
         document.verify(case.parsed, roots=[root], at=at, expect=expect)
     except document.DocumentError as error:
         raise errors.RefusedError(
@@ -418,6 +420,8 @@ def _verification(case: Case) -> Finding:
 def _debug_mode(case: Case) -> Finding:
     if case.parsed is None:
         raise Skipped("needs the check verification")
+    if case.parsed.source == "nitrotpm":
+        raise Skipped("the NitroTPM of an EC2 instance has no debug mode")
     if case.parsed.debug_mode:
         fix = "start the enclave without --debug-mode: no key policy should allow zero PCRs"
         return Finding("this enclave runs in debug mode: PCR0, PCR1 and PCR2 are all zeros", fix)

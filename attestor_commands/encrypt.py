@@ -19,6 +19,7 @@ from attestor_commands import public_keys
 from attestor_commands.inputs import FORCE_OPTION
 from attestor_io.ciphertext import ALGORITHMS, check_algorithm, is_symmetric
 from attestor_io.errors import InputError
+from attestor_io.module_options import SOURCE_OPTIONS
 from attestor_io.progress import Progress
 from attestor_io.reading import Message, read_head
 from attestor_io.secret_file import open_target
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 )
 @FORCE_OPTION
 @options(VSOCK_OPTIONS)
-@options(MODULE_OPTIONS, without={"nsm_library"})
+@options(MODULE_OPTIONS, without=SOURCE_OPTIONS)
 def encrypt(
     plaintext: str,
     output: str,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def attest(
     output: str, nonce: str | None, user_data: str | None, public_key: str | None, force: bool
 ) -> None:
-    """Write an attestation document of this enclave.
+    """Write an attestation document of this enclave, or of this instance.
 
     \b
     Examples:
@@ -57,7 +57,7 @@ def attest(
 @JSON_OPTION
 @options(MODULE_OPTIONS)
 def describe(in_base64: bool, as_json: bool) -> None:
-    """Show the Nitro Secure Module of this enclave and its PCRs."""
+    """Show the Nitro Secure Module of this enclave, or the NitroTPM, and its PCRs."""
     from attestor_commands import evidence_report
     from nsm.document import PCRS_MAX
 
@@ -67,9 +67,7 @@ def describe(in_base64: bool, as_json: bool) -> None:
             index: module.describe_pcr(index)
             for index in range(min(description.max_pcrs, PCRS_MAX))
         }
-        return evidence_report.description_object(
-            description, pcrs, module.transport_name, in_base64=in_base64
-        )
+        return evidence_report.description_object(description, pcrs, module, in_base64=in_base64)
 
     print_report(use_module(look), evidence_report.description_text, as_json=as_json)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from datetime import datetime
 
+    from nsm import Nsm
     from nsm.document import AttestationDocument, Expectations, Source, VerifiedDocument
     from nsm.module import Description, Pcr
 
@@ -138,37 +139,46 @@ def document_text(report: Object) -> str:
 
 
 def description_object(
-    description: Description, pcrs: Mapping[int, Pcr], transport: str, *, in_base64: bool = False
+    description: Description, pcrs: Mapping[int, Pcr], module: Nsm, *, in_base64: bool = False
 ) -> Object:
     """A module and its PCRs."""
+    is_enclave = module.source == "enclave"
+    shown = {
+        str(index): {"value": _encode(pcr.value, in_base64), "locked": pcr.locked}
+        for index, pcr in sorted(pcrs.items())
+    }
     return {
+        "source": module.source,
         "module_id": description.module_id,
         "version": ".".join(map(str, description.version)),
         "digest": description.digest,
         "max_pcrs": description.max_pcrs,
-        "transport": transport,
-        "debug_mode": not any(pcrs[0].value) if 0 in pcrs else True,
+        "transport": module.transport_name,
+        "debug_mode": (0 not in pcrs or not any(pcrs[0].value)) if is_enclave else None,
         "pcr_encoding": "base64" if in_base64 else "hex",
-        "pcrs": {
-            str(index): {"value": _encode(pcr.value, in_base64), "locked": pcr.locked}
-            for index, pcr in sorted(pcrs.items())
-        },
+        "pcrs": shown if is_enclave else {},
+        "nitrotpm_pcrs": {} if is_enclave else shown,
     }
 
 
 def description_text(report: Object) -> str:
     """The report on a module."""
-    locked = [index for index, pcr in report["pcrs"].items() if pcr["locked"]]
-    values = {index: pcr["value"] for index, pcr in report["pcrs"].items()}
-    lines = [
-        *field("module", report["module_id"]),
-        *field("version", report["version"]),
-        *field("transport", report["transport"]),
+    pcrs = report["pcrs"] or report["nitrotpm_pcrs"]
+    locked = [index for index, pcr in pcrs.items() if pcr["locked"]]
+    values = {index: pcr["value"] for index, pcr in pcrs.items()}
+    of_enclave = [
         *field("debug mode", debug_text(report["debug_mode"])),
         *field("locked PCRs", ", ".join(locked) or "none"),
+    ]
+    lines = [
+        *field("module", report["module_id"]),
+        *field("source", SOURCES[report["source"]]),
+        *field("version", report["version"]),
+        *field("transport", report["transport"]),
+        *(of_enclave if report["source"] == "enclave" else ()),
         "",
         f"PCRs ({report['digest']})",
-        *_pcr_lines(values),
+        *_pcr_lines(values, report["source"]),
     ]
     return "\n".join(lines)
 

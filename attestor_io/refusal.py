@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 SKEW_MAX: Final = 300  # seconds between two clocks that Signature Version 4 forgives
 HINTS_MAX: Final = 2
 _SHOWN: Final = (0, 1, 2, 3, 4, 8)  # the PCRs that CloudTrail shows
+_SHOWN_OF_NITROTPM: Final = (4, 7, 12)  # the PCRs that tell machine images apart
 _DIGITS: Final = (12, 4)  # of a PCR in notes, from its start and its end
+_NITROTPM_KEYS: Final = "NitroTPMPCR4 with NitroTPMPCR12, or NitroTPMPCR7"
 _EXPIRED: Final = frozenset(
     "ExpiredTokenException ExpiredToken UnrecognizedClientException InvalidClientTokenId".split()
 )
@@ -37,7 +39,8 @@ _RSA_SIZES: Final = (256, 384, 512)  # bytes of a ciphertext under RSA_2048, RSA
 class Refusal:
     """A refused call: KMS's `code` and `message`, and what was sent.
 
-    `pcrs` are those of the attestation document, None where the call carries none; `context` holds
+    `pcrs` are those of an enclave's attestation document, `nitrotpm_pcrs` those of a NitroTPM's,
+    None where the call carries none; `context` holds
     names only; `skew` is how many seconds KMS's clock is ahead of ours, None where its answer had
     no date. `algorithm` and `size` (0 for none) are those of the ciphertext. `commands` says
     whether hints may name attestor's further commands.
@@ -45,7 +48,8 @@ class Refusal:
 
     code: str
     message: str
-    pcrs: Mapping[int, bytes] | None
+    pcrs: Mapping[int, bytes] | None = None
+    nitrotpm_pcrs: Mapping[int, bytes] | None = None
     key_id: str | None
     context: tuple[str, ...]
     skew: float | None
@@ -66,17 +70,18 @@ def explained(
     refused: RefusedError,
     response: Mapping[str, Any],
     parameters: Mapping[str, Any],
-    pcrs: Mapping[int, bytes] | None,
+    sent: Mapping[str, Mapping[int, bytes]],
 ) -> RefusedError:
     """KMS's refusal of a call with these parameters, what was sent, and the likeliest causes.
 
-    `response` is the SDK's; `pcrs` as in `Refusal`.
+    `response` is the SDK's; `sent` has the PCRs of the document by their name in `Refusal`.
     """
     answer, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
     refusal = Refusal(
         code=str(answer.get("Code")),
         message=str(answer.get("Message") or ""),
-        pcrs=pcrs,
+        pcrs=sent.get("pcrs"),
+        nitrotpm_pcrs=sent.get("nitrotpm_pcrs"),
         key_id=parameters.get("KeyId"),
         context=tuple(parameters.get("EncryptionContext") or ()),
         algorithm=parameters.get("EncryptionAlgorithm"),
@@ -103,6 +108,10 @@ def _notes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
         shown = (f"PCR{index} {_short(pcrs[index])}" for index in _SHOWN if index in pcrs)
         yield f"sent {', '.join(shown)}"
         yield f"the enclave {'runs' if _debug(pcrs) else 'does not run'} in debug mode"
+    of_tpm = refusal.nitrotpm_pcrs or {}
+    shown_of_tpm = [f"PCR{n} {_short(of_tpm[n])}" for n in _SHOWN_OF_NITROTPM if n in of_tpm]
+    if shown_of_tpm:
+        yield f"sent NitroTPM {', '.join(shown_of_tpm)}"
     key = refusal.key_id or "none named, KMS takes it from the ciphertext"
     yield f"key {key}; encryption context names: {', '.join(refusal.context) or 'none'}"
 
@@ -111,6 +120,10 @@ def _short(value: bytes) -> str:
     """Enough of a PCR to tell it from others by; "zero" only for zeros, as in debug mode."""
     digits, (start, end) = value.hex(), _DIGITS
     return f"{digits[:start]}...{digits[-end:]}" if any(value) else "zero"
+
+
+def _attested(refusal: Refusal) -> bool:
+    return refusal.pcrs is not None or refusal.nitrotpm_pcrs is not None
 
 
 def _debug(pcrs: Mapping[int, bytes]) -> bool:
@@ -144,10 +157,10 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
             "the ciphertext was made with another key than --key-id, or key_id in the manifest, "
             "names"
         )
-    elif code == "ValidationException" and refusal.pcrs is not None:
+    elif code == "ValidationException" and _attested(refusal):
         yield (
             "KMS does not take a parameter, such as the attestation document: is it a Nitro "
-            "Secure Module's, and is the clock right?"
+            "Secure Module's or a NitroTPM's, and is the clock right?"
         )
 
 
@@ -189,6 +202,8 @@ def _denials(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
         "the key policy must allow this role with this enclave's PCRs, and no policy may deny it"
     )
     cause = next((cause for text, cause in _TEXTS if text in message), unknown)
+    if refusal.nitrotpm_pcrs is not None and "PCRs" in cause:
+        cause = f"{cause.replace('enclave', 'instance')} ({_NITROTPM_KEYS})"
     caller, key = _accounts(refusal.message)
     if caller and key and caller != key:
         cause = (
@@ -256,7 +271,7 @@ def _more(refusal: Refusal) -> Iterable[str]:
     """The command that tells more."""
     if not refusal.commands:
         return
-    if refusal.code == "AccessDeniedException" and refusal.pcrs is not None:
+    if refusal.code == "AccessDeniedException" and _attested(refusal):
         caller = re.search(r"User: (arn:[a-z-]+:(?:sts|iam)::\d{12}:[\w+=,.@/-]+)", refusal.message)
         yield (
             "attestor attest DOC, then attestor policy explain POLICY --document DOC --principal "

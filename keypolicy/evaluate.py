@@ -20,6 +20,7 @@ from keypolicy.model import (
     Condition,
     Policy,
     Statement,
+    nitrotpm_condition_key,
     pcr_condition_key,
     split_arn,
 )
@@ -51,8 +52,9 @@ class Request:
     """A call to KMS, as far as a key policy can see it.
 
     `principal` is the ARN of a user, role, assumed-role session or account root; `resource` that of
-    the key. `pcrs` are those of the attestation document, None where the call brings none;
-    `more_pcrs` says that it has others, whose values are not known. `context` is the encryption
+    the key. `pcrs` are those of an enclave's attestation document, `nitrotpm_pcrs` those of a
+    NitroTPM's, None where the call brings none; no call brings both. `more_pcrs` says that the
+    document has others, whose values are not known. `context` is the encryption
     context; `keys` are further condition keys and their values, as {"kms:KeySpec":
     "SYMMETRIC_DEFAULT"}.
     """
@@ -61,6 +63,7 @@ class Request:
     action: str
     resource: str
     pcrs: Mapping[int, bytes] | None = None
+    nitrotpm_pcrs: Mapping[int, bytes] | None = None
     more_pcrs: bool = False
     context: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -247,6 +250,11 @@ def values_of_pcrs(pcrs: Mapping[int, bytes]) -> dict[str, tuple[str, ...]]:
     return values
 
 
+def values_of_nitrotpm(pcrs: Mapping[int, bytes]) -> dict[str, tuple[str, ...]]:
+    """Return the condition keys, in lower case, that the PCRs of a NitroTPM's document give."""
+    return {nitrotpm_condition_key(index).lower(): (pcrs[index].hex(),) for index in pcrs}
+
+
 def _known_values(request: Request, caller: Caller) -> KnownValues:
     """Return what a request tells of its condition keys."""
     values: dict[str, tuple[str, ...]] = caller.condition_values() | {
@@ -255,6 +263,7 @@ def _known_values(request: Request, caller: Caller) -> KnownValues:
         "aws:viaawsservice": ("false",),
     }
     values.update(values_of_pcrs(request.pcrs or {}))
+    values.update(values_of_nitrotpm(request.nitrotpm_pcrs or {}))
     for name, value in request.context.items():
         # names of a context differ in case, their condition keys do not: such a key has both values
         key = f"{ENCRYPTION_CONTEXT}{name}".lower()
@@ -275,9 +284,6 @@ def _is_absent(key: str, request: Request) -> bool:
     """
     if is_about_enclave(key):
         return request.pcrs is None or not request.more_pcrs
-    return (
-        is_about_nitrotpm(key)
-        or is_about_context(key)
-        or key == "kms:viaservice"
-        or key in _OF_SERVICES
-    )
+    if is_about_nitrotpm(key):
+        return request.nitrotpm_pcrs is None or not request.more_pcrs
+    return is_about_context(key) or key == "kms:viaservice" or key in _OF_SERVICES

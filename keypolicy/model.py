@@ -57,6 +57,11 @@ def pcr_condition_key(index: int) -> str:
     return f"{ATTESTATION}PCR{index}"
 
 
+def nitrotpm_condition_key(index: int) -> str:
+    """Name the condition key that holds one PCR of the document of an instance's NitroTPM."""
+    return f"{ATTESTATION}NitroTPMPCR{index}"
+
+
 # ---- the document
 
 

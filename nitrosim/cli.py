@@ -25,7 +25,7 @@ from nitrosim import missing_package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_PATHS: Final = ("LD_PRELOAD", "NITROSIM_NSM_SOCKET")
+_PATHS: Final = ("LD_PRELOAD", "NITROSIM_NSM_SOCKET", "NITROSIM_TPM_SOCKET")
 _DEVICE: Final = "/dev/nsm"
 _FORMS: Final = "kms, kms-chunks, kms-primitive, localstack"
 
@@ -79,6 +79,18 @@ def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "debug",
                 is_flag=True,
                 help="an enclave in debug mode: PCR0, 1, 2 and 8 are zero",
+            ),
+            click.option(
+                "--nitrotpm",
+                is_flag=True,
+                help="an EC2 instance with a NitroTPM at /dev/tpmrm0, in the place of an enclave",
+            ),
+            click.option(
+                "--tpm-pcr",
+                "tpm_pcrs",
+                metavar="N=HEX",
+                multiple=True,
+                help="a PCR of the NitroTPM, repeatable",
             ),
             click.option(
                 "--key-policy",
@@ -256,6 +268,7 @@ def faults() -> None:
 def _world(
     *,
     pcrs: Sequence[str],
+    tpm_pcrs: Sequence[str],
     key_policy: str | None,
     tags: Sequence[str],
     no_instance_tags: bool = False,
@@ -271,7 +284,12 @@ def _world(
             if no_instance_tags:  # there, but the metadata has none of them
                 options["tags"].clear()
             world = stack.enter_context(
-                World(pcrs=dict(map(_pcr, pcrs)), key_policy=_read(key_policy), **options)
+                World(
+                    pcrs=dict(_pcr(text, "--pcr") for text in pcrs),
+                    tpm_pcrs=dict(_pcr(text, "--tpm-pcr") for text in tpm_pcrs),
+                    key_policy=_read(key_policy),
+                    **options,
+                )
             )
         except (ValueError, PolicyError) as error:
             raise click.UsageError(str(error)) from error
@@ -280,10 +298,10 @@ def _world(
         yield world
 
 
-def _pcr(text: str) -> tuple[int, bytes]:
+def _pcr(text: str, option: str) -> tuple[int, bytes]:
     number, equals, value = text.partition("=")
     if not (number.isascii() and number.isdigit() and equals):
-        raise ValueError(f"--pcr wants N=HEX, got {text}")
+        raise ValueError(f"{option} wants N=HEX, got {text}")
     return int(number), bytes.fromhex(value)
 
 

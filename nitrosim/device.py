@@ -1,11 +1,11 @@
-"""The software NSM behind /dev/nsm: a Unix socket that answers, and the C shim that leads a process
-to it.
+"""The software NSM behind /dev/nsm, or a TPM behind /dev/tpmrm0: a Unix socket that answers, and
+the C shim that leads a process to it.
 
     with SimulatedDevice(SoftwareNsm(pki)) as device:
         subprocess.run(command, env=device.environment(os.environ))
 
 One SEQPACKET message is one request, one message back its answer; shim.c says what a process sees
-of it.
+of it. A connection to the NSM carries one request, one to a TPM as many as its process makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from nsm.module import REQUEST_MAX
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 SOCKET_VARIABLE: Final = "NITROSIM_NSM_SOCKET"
+TPM_SOCKET_VARIABLE: Final = "NITROSIM_TPM_SOCKET"
 _SOURCE: Final = Path(__file__).with_name("shim.c")
 _FLAGS: Final = ("-std=c11", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra")
 _LIBRARIES: Final = ("-ldl",)
@@ -159,13 +160,17 @@ class SimulatedDevice:
     another user still has the device. Raises SimulatorError when it cannot be started.
     """
 
+    _variable: ClassVar = SOCKET_VARIABLE
+    _file: ClassVar = "nsm.sock"
+    _lasting: ClassVar = False
+
     def __init__(self, module: Module, *, folder: Path | None = None) -> None:
         self._module = module
         self._unanswered: list[socket.socket] = []
         self._shim = build_shim()
         with contextlib.ExitStack() as cleanup:
             home = folder or cleanup.enter_context(open_folder())
-            self.socket = home.absolute() / "nsm.sock"
+            self.socket = home.absolute() / self._file
             listener = cleanup.enter_context(_listen(self.socket))
             cleanup.callback(self.socket.unlink, missing_ok=True)
             self._selector = cleanup.enter_context(selectors.DefaultSelector())
@@ -188,7 +193,7 @@ class SimulatedDevice:
         return {
             **base,
             "LD_PRELOAD": " ".join(filter(None, preloaded)),
-            SOCKET_VARIABLE: str(self.socket),
+            self._variable: str(self.socket),
         }
 
     def close(self) -> None:
@@ -226,22 +231,34 @@ class SimulatedDevice:
                 clients.add(client)
                 self._selector.register(client, selectors.EVENT_READ)
         elif ready in clients and isinstance(ready, socket.socket):
-            self._selector.unregister(ready)
-            clients.discard(ready)
-            with ready:
-                self._reply(ready)
+            if not (self._reply(ready) and self._lasting):
+                self._selector.unregister(ready)
+                clients.discard(ready)
+                ready.close()
         else:
             return False
         return True
 
-    def _reply(self, client: socket.socket) -> None:
-        """One request, one answer; none for a client that only opened the device, or vanished."""
+    def _reply(self, client: socket.socket) -> bool:
+        """One request, one answer; none, and False, for a client that only opened the device, or
+        vanished.
+        """
         with contextlib.suppress(OSError):
             request = client.recv(REQUEST_MAX + 1)
             if request and getattr(self._module, "silent", False):
                 self._unanswered.append(client.dup())  # keeps the caller waiting
             elif request:
                 client.send(self._module.answer(request))
+                return True
+        return False
+
+
+class SimulatedTpm(SimulatedDevice):
+    """The same for a TPM, whose commands of one process are on one connection."""
+
+    _variable: ClassVar = TPM_SOCKET_VARIABLE
+    _file: ClassVar = "tpm.sock"
+    _lasting: ClassVar = True
 
 
 def _accept(listener: socket.socket) -> socket.socket | None:

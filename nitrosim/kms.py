@@ -106,7 +106,8 @@ class _Recipient(NamedTuple):
     """Whom an answer is sealed for, and what the attestation document says of it."""
 
     spki: bytes
-    pcrs: Mapping[int, bytes]
+    pcrs: Mapping[int, bytes] | None
+    nitrotpm_pcrs: Mapping[int, bytes] | None
 
 
 class AttestedKms:
@@ -114,10 +115,10 @@ class AttestedKms:
     application.
 
     `nsm_root_sha256` is the root that attestation documents must lead to. `pcr0` is what the key's
-    policy asks for; `key_policy` replaces that policy as it stands, without a lockout check, and
-    raises `keypolicy.PolicyError` if it is none. `principal` is whom `credentials` belong to, by
-    default a session of a role in the account. `envelope` is one of `nitrosim.envelope.FORMS`,
-    `fault` one of FAULTS: ValueError for others.
+    policy asks for, or `nitrotpm_pcrs` of an instance; `key_policy` replaces that policy as it
+    stands, without a lockout check, and raises `keypolicy.PolicyError` if it is none. `principal`
+    is whom `credentials` belong to, by default a session of a role in the account. `envelope` is
+    one of `nitrosim.envelope.FORMS`, `fault` one of FAULTS: ValueError for others.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class AttestedKms:
         account: str = ACCOUNT,
         principal: str | None = None,
         pcr0: bytes = DEFAULT_PCRS[0],
+        nitrotpm_pcrs: Mapping[int, bytes] | None = None,
         key_policy: str | None = None,
         envelope: str = "kms",
         fault: str | None = None,
@@ -153,7 +155,9 @@ class AttestedKms:
         self._lock = threading.Lock()
         self._keys = Keys(region, account)
         self._operations = Operations(self._keys)
-        text = key_policy if key_policy is not None else default_policy(self.principal, pcr0)
+        text = key_policy
+        if text is None:
+            text = default_policy(self.principal, pcr0, nitrotpm_pcrs)
         keypolicy.Policy.parse(text)
         self.key_arn: str = self._keys.create(text, ALIAS, "nitrosim").arn
 
@@ -227,20 +231,24 @@ class AttestedKms:
         return sealed
 
     def _recipient(self, parameters: Parameters) -> _Recipient:
-        """Verify the attestation document of a Recipient; a debug enclave's is as authentic as
-        another's.
+        """Verify the attestation document of a Recipient, of either kind; a debug enclave's is as
+        authentic as another's.
         """
         parameters.choice("KeyEncryptionAlgorithm", ("RSAES_OAEP_SHA_256",))
         blob = parameters.blob("AttestationDocument", _DOCUMENT_MAX)
+        any_kind = Expectations(source=None, allow_debug=True)
         try:
-            verified = verify(
-                blob, roots=[self._root], at=self._clock(), expect=Expectations(allow_debug=True)
-            )
+            verified = verify(blob, roots=[self._root], at=self._clock(), expect=any_kind)
         except DocumentError as error:
             raise KmsError(
                 "ValidationException", f"The attestation document is not valid: {error}"
             ) from error
-        return _Recipient(_public_key(verified.document), verified.document.pcrs)
+        found = verified.document
+        return _Recipient(
+            _public_key(found),
+            found.pcrs if found.source == "enclave" else None,
+            found.nitrotpm_pcrs if found.source == "nitrotpm" else None,
+        )
 
     def _authorize(
         self,
@@ -255,6 +263,7 @@ class AttestedKms:
             action=action,
             resource=key.arn,
             pcrs=recipient.pcrs if recipient else None,
+            nitrotpm_pcrs=recipient.nitrotpm_pcrs if recipient else None,
             context=context,
             keys=_condition_keys(key, parameters),
         )
@@ -277,16 +286,28 @@ class AttestedKms:
         )
 
 
-def default_policy(principal: str, pcr0: bytes) -> str:
+def _condition(pcr0: bytes, nitrotpm_pcrs: Mapping[int, bytes] | None) -> dict[str, str]:
+    """What a document must hold: an enclave's PCR0, or PCRs of an instance's NitroTPM."""
+    if nitrotpm_pcrs is None:
+        return {f"{keypolicy.ATTESTATION}PCR0": pcr0.hex()}
+    return {
+        f"{keypolicy.ATTESTATION}NitroTPMPCR{index}": value.hex()
+        for index, value in nitrotpm_pcrs.items()
+    }
+
+
+def default_policy(
+    principal: str, pcr0: bytes, nitrotpm_pcrs: Mapping[int, bytes] | None = None
+) -> str:
     """The key policy of alias/nitrosim: secrets for the principal's role with a document of this
-    PCR0 and only so.
+    PCR0, or of these PCRs of a NitroTPM, and only so.
 
     It names no account root, so nothing is left to identity policies; a role of its own administers
     the key.
     """
     role = role_of(principal)
     partition, account = role.split(":")[1], role.split(":")[4]
-    attested = {"StringEqualsIgnoreCase": {f"{keypolicy.ATTESTATION}PCR0": pcr0.hex()}}
+    condition = {"StringEqualsIgnoreCase": _condition(pcr0, nitrotpm_pcrs)}
     administrator = f"arn:{partition}:iam::{account}:role/{ADMINISTRATOR}"
     return json.dumps(
         {
@@ -295,7 +316,7 @@ def default_policy(principal: str, pcr0: bytes) -> str:
             "Statement": [
                 _allow("Administration", administrator, _ADMINISTRATION),
                 _allow("WithoutDocument", role, _WITHOUT_DOCUMENT),
-                _allow("WithDocument", role, _WITH_DOCUMENT) | {"Condition": attested},
+                _allow("WithDocument", role, _WITH_DOCUMENT) | {"Condition": condition},
             ],
         },
         indent=2,

@@ -254,7 +254,7 @@ class SoftwareNsm:
             "module_id": self._module_id,
             "digest": "SHA384",
             "timestamp": int(now.timestamp() * 1000),
-            "pcrs": {index: self._pcrs[index] for index in sorted(self._locked)},
+            **self._measurements(),
             "certificate": pki.leaf_der,
             "cabundle": list(pki.cabundle),
             "public_key": self._public_key(_bytes(fields, "public_key")),
@@ -265,6 +265,10 @@ class SoftwareNsm:
         if self._fault == "bad-signature":
             document = document[:-1] + bytes([document[-1] ^ 1])
         return {"document": document}
+
+    def _measurements(self) -> dict[str, object]:
+        """The PCRs of a document, under the name of their kind."""
+        return {"pcrs": {index: self._pcrs[index] for index in sorted(self._locked)}}
 
     def _signer(self) -> tuple[datetime, NsmPki]:
         """The time to write into a document, and the PKI to sign it with."""

@@ -1,18 +1,21 @@
 /*
- * Puts the software NSM behind /dev/nsm for one process and its children (LD_PRELOAD).
+ * Puts the software NSM behind /dev/nsm, or a software TPM behind /dev/tpmrm0 and /dev/tpm0, for one process and its
+ * children (LD_PRELOAD).
  *
- * Covered: the absolute path "/dev/nsm" in open, openat, their 64-bit and fortified names, access, faccessat,
+ * Covered: the absolute paths in open, openat, their 64-bit and fortified names, access, faccessat,
  * euidaccess, eaccess, stat, lstat, fstatat, statx and their older and 64-bit names; on the descriptor ioctl, fstat
- * and lseek. Not covered: static programs and direct system calls (Go), fopen (the C library calls its own open),
+ * and lseek, and a TPM's read, write and poll. Not covered: static programs and direct system calls (Go), fopen (the C library calls its own open),
  * creat, other spellings of the path, directory listings, extended attributes, and read, write, poll and mmap on
- * the descriptor.
+ * the descriptor of the NSM.
  *
  * There is no state here. open hands out a socket connected to the Unix SEQPACKET socket that the environment names
  * in NITROSIM_NSM_SOCKET; ioctl knows the descriptor by the name of its peer and dials anew for each request. So
- * fork, dup, exec and threads need no care, and no two requests can mix. Without that variable, and for every other
- * file, each call goes straight to the C library.
+ * fork, dup, exec and threads need no care, and no two requests can mix. A TPM's descriptor is a connection to the
+ * socket in NITROSIM_TPM_SOCKET: a command is one write, its response one read, as on the device. Without these
+ * variables, and for every other file, each call goes straight to the C library.
  *
- * The kernel's behaviour is that of drivers/misc/nsm.c in Linux. 64-bit only: there the names with 64 are aliases.
+ * The kernel's behaviour is that of drivers/misc/nsm.c and drivers/char/tpm in Linux, but for a read of the TPM
+ * before any write, which waits here. 64-bit only: there the names with 64 are aliases.
  */
 #undef _FILE_OFFSET_BITS /* would rename the functions defined here */
 #undef _FORTIFY_SOURCE   /* would define them a second time */
@@ -45,6 +48,8 @@ _Static_assert(sizeof(void *) == 8 && sizeof(off_t) == 8, "64-bit systems only")
 #define DEVICE_MAJOR 10      /* misc devices, linux/major.h */
 #define DEVICE_MINOR 122
 #define DEVICE_MODE (S_IFCHR | 0666)
+#define TPM_MAJOR 253 /* dynamic */
+#define TPM_MODE (S_IFCHR | 0660)
 
 /* linux/nsm.h: _IOWR(0x0A, 0, struct nsm_raw) and its limits */
 #define NSM_IOCTL_RAW 0xC0200A00u
@@ -89,10 +94,13 @@ static void *next(slot *known, const char *name)
 /* Another name for the same function; not the alias attribute, since the C libraries declare it with other types. */
 #define ALIAS(name, target) __asm__(".globl " #name "\n.set " #name ", " #target "\n")
 
-/* The simulator's address; 0 without one. */
-static socklen_t simulator(struct sockaddr_un *address)
+/* Which device a path or a descriptor is of. */
+enum device { NONE, NSM, TPM };
+
+/* The address of a device's simulator; 0 without one. */
+static socklen_t simulator(enum device device, struct sockaddr_un *address)
 {
-	const char *path = getenv("NITROSIM_NSM_SOCKET");
+	const char *path = getenv(device == TPM ? "NITROSIM_TPM_SOCKET" : "NITROSIM_NSM_SOCKET");
 	size_t length = path ? strlen(path) : 0;
 	if (length == 0 || length >= sizeof address->sun_path)
 		return 0;
@@ -102,32 +110,37 @@ static socklen_t simulator(struct sockaddr_un *address)
 	return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length + 1);
 }
 
-static int is_device(const char *path)
+static enum device device_of(const char *path)
 {
 	struct sockaddr_un address;
 	/* volatile: the C library promises the compiler that no caller passes NULL, and callers do */
 	const char *opaque = *(const char *volatile *)&path;
-	return opaque && strcmp(opaque, DEVICE) == 0 && simulator(&address);
+	enum device device = NONE;
+	if (opaque && strcmp(opaque, DEVICE) == 0)
+		device = NSM;
+	else if (opaque && (strcmp(opaque, "/dev/tpmrm0") == 0 || strcmp(opaque, "/dev/tpm0") == 0))
+		device = TPM;
+	return device != NONE && simulator(device, &address) ? device : NONE;
 }
 
-/* Whether a descriptor was handed out for the device. Leaves errno alone. */
-static int is_ours(int fd)
+/* Whether a descriptor was handed out for a device. Leaves errno alone. */
+static int is_of(enum device device, int fd)
 {
 	struct sockaddr_un address, peer;
 	socklen_t length = sizeof peer;
 	int saved = errno;
 	memset(&peer, 0, sizeof peer);
-	int ours = simulator(&address) && getpeername(fd, (struct sockaddr *)&peer, &length) == 0
+	int ours = simulator(device, &address) && getpeername(fd, (struct sockaddr *)&peer, &length) == 0
 		&& peer.sun_family == AF_UNIX && memcmp(&peer.sun_path, &address.sun_path, sizeof peer.sun_path) == 0;
 	errno = saved;
 	return ours;
 }
 
-/* A connection to the simulator, or -1 with errno. */
-static int dial(int flags)
+/* A connection to a device's simulator, or -1 with errno. */
+static int dial(enum device device, int flags)
 {
 	struct sockaddr_un address;
-	socklen_t length = simulator(&address);
+	socklen_t length = simulator(device, &address);
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | flags, 0);
 	if (fd < 0)
 		return -1;
@@ -142,21 +155,25 @@ static int dial(int flags)
 	return fd;
 }
 
-/* Opens the device: a connection that only marks the descriptor, so that the simulator can forget its end of it. */
-static int open_device(int flags)
+/*
+ * Opens a device. The NSM's is a connection that only marks the descriptor, so that the simulator can forget its end
+ * of it; the TPM's carries commands and responses.
+ */
+static int open_device(enum device device, int flags)
 {
 	int saved = errno;
 	if ((flags & (O_CREAT | O_EXCL)) == (O_CREAT | O_EXCL))
 		return errno = EEXIST, -1;
 	if (flags & O_DIRECTORY)
 		return errno = ENOTDIR, -1;
-	int fd = dial(flags & O_CLOEXEC ? SOCK_CLOEXEC : 0);
+	int fd = dial(device, flags & O_CLOEXEC ? SOCK_CLOEXEC : 0);
 	if (fd < 0) {
 		if (errno == ECONNREFUSED)
 			errno = ENXIO; /* a node without a device behind it */
 		return -1;
 	}
-	shutdown(fd, SHUT_WR);
+	if (device == NSM)
+		shutdown(fd, SHUT_WR);
 	errno = saved;
 	return fd;
 }
@@ -208,7 +225,7 @@ static int ask(struct nsm_raw *user)
 		return errno = EMSGSIZE, -1;
 	if (raw.request.len == 0)
 		return errno = EINVAL, -1;
-	int fd = dial(SOCK_CLOEXEC);
+	int fd = dial(NSM, SOCK_CLOEXEC);
 	if (fd < 0)
 		return errno = EIO, -1;
 	ssize_t length = exchange(fd, &raw);
@@ -231,7 +248,7 @@ int ioctl(int fd, ioctl_command command, ...)
 	va_start(rest, command);
 	void *argument = va_arg(rest, void *);
 	va_end(rest);
-	if (!is_ours(fd))
+	if (!is_of(NSM, fd))
 		return next_ioctl(fd, command, argument);
 	switch ((unsigned int)command) {
 	case NSM_IOCTL_RAW:
@@ -264,7 +281,8 @@ int open(const char *path, int flags, ...)
 	NEXT(int, open, const char *, int, ...);
 	mode_t mode = 0;
 	MODE_OF(flags, mode);
-	return is_device(path) ? open_device(flags) : next_open(path, flags, mode);
+	enum device device = device_of(path);
+	return device ? open_device(device, flags) : next_open(path, flags, mode);
 }
 ALIAS(open64, open);
 
@@ -273,7 +291,8 @@ int openat(int folder, const char *path, int flags, ...)
 	NEXT(int, openat, int, const char *, int, ...);
 	mode_t mode = 0;
 	MODE_OF(flags, mode);
-	return is_device(path) ? open_device(flags) : next_openat(folder, path, flags, mode);
+	enum device device = device_of(path);
+	return device ? open_device(device, flags) : next_openat(folder, path, flags, mode);
 }
 ALIAS(openat64, openat);
 
@@ -281,14 +300,16 @@ ALIAS(openat64, openat);
 int __open_2(const char *path, int flags)
 {
 	NEXT(int, __open_2, const char *, int);
-	return is_device(path) ? open_device(flags) : next___open_2(path, flags);
+	enum device device = device_of(path);
+	return device ? open_device(device, flags) : next___open_2(path, flags);
 }
 ALIAS(__open64_2, __open_2);
 
 int __openat_2(int folder, const char *path, int flags)
 {
 	NEXT(int, __openat_2, int, const char *, int);
-	return is_device(path) ? open_device(flags) : next___openat_2(folder, path, flags);
+	enum device device = device_of(path);
+	return device ? open_device(device, flags) : next___openat_2(folder, path, flags);
 }
 ALIAS(__openat64_2, __openat_2);
 
@@ -300,28 +321,28 @@ static int access_device(int mode)
 int access(const char *path, int mode)
 {
 	NEXT(int, access, const char *, int);
-	return is_device(path) ? access_device(mode) : next_access(path, mode);
+	return device_of(path) ? access_device(mode) : next_access(path, mode);
 }
 
 int faccessat(int folder, const char *path, int mode, int flags)
 {
 	NEXT(int, faccessat, int, const char *, int, int);
-	return is_device(path) ? access_device(mode) : next_faccessat(folder, path, mode, flags);
+	return device_of(path) ? access_device(mode) : next_faccessat(folder, path, mode, flags);
 }
 
 int euidaccess(const char *path, int mode)
 {
 	NEXT(int, euidaccess, const char *, int);
-	return is_device(path) ? access_device(mode) : next_euidaccess(path, mode);
+	return device_of(path) ? access_device(mode) : next_euidaccess(path, mode);
 }
 ALIAS(eaccess, euidaccess);
 
-/* Turns what was found out about another character device into the NSM's. */
-static int likeness(int result, struct stat *status)
+/* Turns what was found out about another character device into one of these. */
+static int likeness(enum device device, int result, struct stat *status)
 {
 	if (result == 0) {
-		status->st_mode = DEVICE_MODE;
-		status->st_rdev = makedev(DEVICE_MAJOR, DEVICE_MINOR);
+		status->st_mode = device == TPM ? TPM_MODE : DEVICE_MODE;
+		status->st_rdev = device == TPM ? makedev(TPM_MAJOR, 0) : makedev(DEVICE_MAJOR, DEVICE_MINOR);
 	}
 	return result;
 }
@@ -329,21 +350,24 @@ static int likeness(int result, struct stat *status)
 int stat(const char *restrict path, struct stat *restrict status)
 {
 	NEXT(int, stat, const char *, struct stat *);
-	return is_device(path) ? likeness(next_stat(LIKENESS, status), status) : next_stat(path, status);
+	enum device device = device_of(path);
+	return device ? likeness(device, next_stat(LIKENESS, status), status) : next_stat(path, status);
 }
 ALIAS(stat64, stat);
 
 int lstat(const char *restrict path, struct stat *restrict status)
 {
 	NEXT(int, lstat, const char *, struct stat *);
-	return is_device(path) ? likeness(next_lstat(LIKENESS, status), status) : next_lstat(path, status);
+	enum device device = device_of(path);
+	return device ? likeness(device, next_lstat(LIKENESS, status), status) : next_lstat(path, status);
 }
 ALIAS(lstat64, lstat);
 
 int fstatat(int folder, const char *restrict path, struct stat *restrict status, int flags)
 {
 	NEXT(int, fstatat, int, const char *, struct stat *, int);
-	return is_device(path) ? likeness(next_fstatat(folder, LIKENESS, status, flags), status)
+	enum device device = device_of(path);
+	return device ? likeness(device, next_fstatat(folder, LIKENESS, status, flags), status)
 			       : next_fstatat(folder, path, status, flags);
 }
 ALIAS(fstatat64, fstatat);
@@ -352,8 +376,10 @@ int fstat(int fd, struct stat *status)
 {
 	NEXT(int, fstat, int, struct stat *);
 	int result = next_fstat(fd, status);
-	if (result == 0 && S_ISSOCK(status->st_mode) && is_ours(fd))
+	if (result == 0 && S_ISSOCK(status->st_mode) && is_of(NSM, fd))
 		return stat(DEVICE, status);
+	if (result == 0 && S_ISSOCK(status->st_mode) && is_of(TPM, fd))
+		return stat("/dev/tpmrm0", status);
 	return result;
 }
 ALIAS(fstat64, fstat);
@@ -362,7 +388,8 @@ ALIAS(fstat64, fstat);
 int __xstat(int version, const char *path, struct stat *status)
 {
 	NEXT(int, __xstat, int, const char *, struct stat *);
-	return is_device(path) ? likeness(next___xstat(version, LIKENESS, status), status)
+	enum device device = device_of(path);
+	return device ? likeness(device, next___xstat(version, LIKENESS, status), status)
 			       : next___xstat(version, path, status);
 }
 ALIAS(__xstat64, __xstat);
@@ -370,7 +397,8 @@ ALIAS(__xstat64, __xstat);
 int __lxstat(int version, const char *path, struct stat *status)
 {
 	NEXT(int, __lxstat, int, const char *, struct stat *);
-	return is_device(path) ? likeness(next___lxstat(version, LIKENESS, status), status)
+	enum device device = device_of(path);
+	return device ? likeness(device, next___lxstat(version, LIKENESS, status), status)
 			       : next___lxstat(version, path, status);
 }
 ALIAS(__lxstat64, __lxstat);
@@ -378,7 +406,8 @@ ALIAS(__lxstat64, __lxstat);
 int __fxstatat(int version, int folder, const char *path, struct stat *status, int flags)
 {
 	NEXT(int, __fxstatat, int, int, const char *, struct stat *, int);
-	return is_device(path) ? likeness(next___fxstatat(version, folder, LIKENESS, status, flags), status)
+	enum device device = device_of(path);
+	return device ? likeness(device, next___fxstatat(version, folder, LIKENESS, status, flags), status)
 			       : next___fxstatat(version, folder, path, status, flags);
 }
 ALIAS(__fxstatat64, __fxstatat);
@@ -387,8 +416,10 @@ int __fxstat(int version, int fd, struct stat *status)
 {
 	NEXT(int, __fxstat, int, int, struct stat *);
 	int result = next___fxstat(version, fd, status);
-	if (result == 0 && S_ISSOCK(status->st_mode) && is_ours(fd))
+	if (result == 0 && S_ISSOCK(status->st_mode) && is_of(NSM, fd))
 		return __xstat(version, DEVICE, status);
+	if (result == 0 && S_ISSOCK(status->st_mode) && is_of(TPM, fd))
+		return __xstat(version, "/dev/tpmrm0", status);
 	return result;
 }
 ALIAS(__fxstat64, __fxstat);
@@ -397,13 +428,14 @@ ALIAS(__fxstat64, __fxstat);
 int statx(int folder, const char *restrict path, int flags, unsigned int mask, struct statx *restrict status)
 {
 	NEXT(int, statx, int, const char *, int, unsigned int, struct statx *);
-	if (!is_device(path))
+	enum device device = device_of(path);
+	if (!device)
 		return next_statx(folder, path, flags, mask, status);
 	int result = next_statx(folder, LIKENESS, flags, mask, status);
 	if (result == 0) {
-		status->stx_mode = DEVICE_MODE;
-		status->stx_rdev_major = DEVICE_MAJOR;
-		status->stx_rdev_minor = DEVICE_MINOR;
+		status->stx_mode = device == TPM ? TPM_MODE : DEVICE_MODE;
+		status->stx_rdev_major = device == TPM ? TPM_MAJOR : DEVICE_MAJOR;
+		status->stx_rdev_minor = device == TPM ? 0 : DEVICE_MINOR;
 	}
 	return result;
 }
@@ -415,7 +447,7 @@ off_t lseek(int fd, off_t offset, int whence)
 	NEXT(off_t, lseek, int, off_t, int);
 	int saved = errno;
 	off_t result = next_lseek(fd, offset, whence);
-	if (result < 0 && errno == ESPIPE && is_ours(fd)) {
+	if (result < 0 && errno == ESPIPE && (is_of(NSM, fd) || is_of(TPM, fd))) {
 		errno = saved;
 		return 0;
 	}

@@ -11,8 +11,8 @@ import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from nitrosim import kms, metadata, module, objects, server
-from nitrosim.device import SimulatedDevice, open_folder
+from nitrosim import kms, metadata, module, objects, server, tpm
+from nitrosim.device import SimulatedDevice, SimulatedTpm, open_folder
 from nitrosim.pki import NsmPki
 
 if TYPE_CHECKING:
@@ -24,11 +24,21 @@ if TYPE_CHECKING:
     from nitrosim.cuse import CuseDevice
     from nitrosim.parent import Parent
 
-FAULTS: Final[Mapping[str, str]] = {**module.FAULTS, **kms.FAULTS, **server.FAULTS}
-"""Everything that can be made to go wrong, with what it does: in the NSM, in KMS and in TLS."""
+FAULTS: Final[Mapping[str, str]] = {
+    **module.FAULTS,
+    **tpm.FAULTS,
+    **kms.FAULTS,
+    **server.FAULTS,
+}
+"""Everything that can be made to go wrong, with what it does: in NSM, TPM, KMS and TLS."""
 
 # Whatever of the host could lead a command out of this world: AWS_* all of it, and these
-_LEFT_BEHIND: Final = ("NSM_LIBRARY", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+_LEFT_BEHIND: Final = tuple(
+    """
+    NSM_LIBRARY NSM_SOURCE NSM_TPM NITROSIM_NSM_SOCKET NITROSIM_TPM_SOCKET SSL_CERT_DIR
+    SSLKEYLOGFILE
+    """.split()
+)
 _PROXIES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _METADATA: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _CA_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
@@ -44,6 +54,10 @@ class World:
     device in the place of the shim, for root where the kernel has CUSE. `tags` are those of the
     instance; None leaves them disabled. With `vsock` the services of the parent are on its vsock
     ports; status lines that come there go into `status_lines`, and to `on_status`.
+
+    With `nitrotpm` the command is in an EC2 instance in the place of an enclave: it has a TPM with
+    `tpm_pcrs` and no NSM, and the policy of alias/nitrosim asks for PCR4 and PCR12 of the built-in
+    image.
 
     The metadata service runs when one of these three asks for it. Raises ValueError for what cannot
     be, and `nitrosim.device.SimulatorError` when this machine lacks something.
@@ -63,14 +77,23 @@ class World:
         device: Path | None = None,
         tags: Mapping[str, str] | None = None,
         vsock: bool = False,
+        nitrotpm: bool = False,
+        tpm_pcrs: Mapping[int, bytes] | None = None,
         on_status: Callable[[str], object] | None = None,
     ) -> None:
         chosen = _by_layer(faults)
-        pki = NsmPki.generate(
-            now=datetime.now(UTC), region=kms.REGION, module_id=module.DEFAULT_MODULE_ID
+        _check_kind(
+            nitrotpm=nitrotpm,
+            of_enclave={"pcr": pcrs, "debug-mode": debug, "vsock": vsock, "device": device},
+            of_nitrotpm={"tpm-pcr": tpm_pcrs},
         )
+        module_id = tpm.DEFAULT_MODULE_ID if nitrotpm else module.DEFAULT_MODULE_ID
+        pki = NsmPki.generate(now=datetime.now(UTC), region=kms.REGION, module_id=module_id)
         self.kms = kms.AttestedKms(
             nsm_root_sha256=pki.root_sha256,
+            nitrotpm_pcrs={index: tpm.DEFAULT_PCRS[index] for index in (4, 12)}
+            if nitrotpm
+            else None,
             principal=principal,
             account=principal.split(":")[4]
             if principal and principal.count(":") > 4
@@ -81,9 +104,11 @@ class World:
             clock=lambda: datetime.now(UTC) + timedelta(seconds=clock_skew),
         )
         role = {3: module.extended(module.ZERO_PCR, kms.role_of(self.kms.principal).encode())}
+        fault = chosen.get("nsm")
         self.module = module.SoftwareNsm(
-            pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=chosen.get("nsm")
+            pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=None if nitrotpm else fault
         )
+        self.tpm = tpm.SoftwareTpm(pki, pcrs=tpm_pcrs, fault=fault) if nitrotpm else None
         self.store = objects.ObjectStore(self.kms)
         self.status_lines: list[str] = []
         self.device = device
@@ -178,6 +203,8 @@ class World:
         self._parts.close()
 
     def _new_device(self) -> SimulatedDevice | CuseDevice:
+        if self.tpm is not None:
+            return SimulatedTpm(self.tpm, folder=self.folder)
         if self.device is None:
             return SimulatedDevice(self.module, folder=self.folder)
         from nitrosim.cuse import CuseDevice
@@ -210,6 +237,19 @@ def _instance(
     )
 
 
+def _check_kind(
+    *, nitrotpm: bool, of_enclave: Mapping[str, object], of_nitrotpm: Mapping[str, object]
+) -> None:
+    """Refuse what the other kind of machine has."""
+    for wrong, options, what in (
+        (nitrotpm, of_enclave, "is of an enclave, and this is an instance with a NitroTPM"),
+        (not nitrotpm, of_nitrotpm, "needs --nitrotpm"),
+    ):
+        given = [name for name, value in options.items() if value]
+        if wrong and given:
+            raise ValueError(f"--{given[0]} {what}")
+
+
 def _by_layer(faults: Iterable[str]) -> dict[str, str]:
     """The faults, each with the layer it belongs to."""
     chosen: dict[str, str] = {}
@@ -223,4 +263,4 @@ def _by_layer(faults: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
-_LAYERS: Final = {"nsm": module.FAULTS, "kms": kms.FAULTS, "tls": server.FAULTS}
+_LAYERS: Final = {"nsm": {**module.FAULTS, **tpm.FAULTS}, "kms": kms.FAULTS, "tls": server.FAULTS}

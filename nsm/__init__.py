@@ -1,17 +1,29 @@
-"""The Nitro Secure Module (NSM) of an AWS Nitro Enclave, and its evidence.
+"""The Nitro Secure Module (NSM) of an AWS Nitro Enclave, or the NitroTPM of an EC2 instance, and
+their evidence.
 
     with Nsm() as nsm:
         document = nsm.attest(public_key=spki)
 
-Importing this package opens nothing and works outside an enclave.
+Importing this package opens nothing and works anywhere.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Final
 
-from nsm.module import REQUEST_MAX, RESPONSE_MAX, Description, ErrorCode, NsmError, Pcr, Transport
+from nsm.module import (
+    REQUEST_MAX,
+    RESPONSE_MAX,
+    Description,
+    ErrorCode,
+    NsmError,
+    Pcr,
+    SetupError,
+    Source,
+    Transport,
+)
+from nsm.source import TITLES
+from nsm.source import find_transport as _find_transport
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -25,6 +37,8 @@ __all__ = [
     "Nsm",
     "NsmError",
     "Pcr",
+    "SetupError",
+    "Source",
     "Transport",
 ]
 
@@ -34,14 +48,19 @@ _INDEX_MAX: Final = 0xFFFF  # indices are u16 in the NSM's interface
 class Nsm:
     """One open NSM, safe to share between threads; a context manager that closes it once.
 
-    Without a transport it is found: the library that NSM_LIBRARY names (which must work:
-    nsm.library.LibraryError), else the patched libnsm.so of this package or of the dynamic linker,
-    else the device node /dev/nsm. Opening and every operation raise NsmError.
+    Without a transport it is found. NSM_SOURCE says whose module it is: "nsm", "nitrotpm", or
+    "auto", which is the NSM where /dev/nsm is, else a TPM that says it is Nitro's. The NSM is
+    reached through the library that NSM_LIBRARY names (which must work), else the patched libnsm.so
+    of this package or of the dynamic linker, else the device node /dev/nsm; the NitroTPM through
+    NSM_TPM or /dev/tpmrm0. Raises SetupError for what is set up wrongly; opening and every
+    operation raise NsmError.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
         self._transport: Transport | None = transport or _find_transport()
         self.transport_name = self._transport.name
+        self.source: Source = self._transport.source
+        self.title = TITLES[self.source]
 
     def describe(self) -> Description:
         """Module id, version, digest, number of PCRs and which of them are locked."""
@@ -117,16 +136,3 @@ class Nsm:
         if size > REQUEST_MAX:
             raise NsmError(operation, code=ErrorCode.InputTooLarge)
         return self._transport
-
-
-def _find_transport() -> Transport:
-    """The library that NSM_LIBRARY names, else one that is found, else the bare device."""
-    named = os.environ.get("NSM_LIBRARY")
-    from nsm import library
-
-    path = named or library.find_library()
-    if path:
-        return library.Library(path)
-    from nsm.device import Device
-
-    return Device()

@@ -17,6 +17,17 @@ class CborError(Exception):
 def decode(data: bytes) -> object:
     """Decode exactly one item: no trailing bytes, duplicate keys, deep nesting or tags.
 
+    Raises CborError.
+    """
+    item, rest = decode_first(data)
+    if rest:
+        raise CborError(f"{len(rest)} trailing bytes")
+    return item
+
+
+def decode_first(data: bytes) -> tuple[object, bytes]:
+    """Decode the item that the data begins with, and return what follows it.
+
     Raises CborError. Every tag is refused before its content is interpreted: a hostile item must
     not choose which of the decoder's many types it becomes, nor make it compute (a bigfloat of tag
     5 can ask for gigabytes).
@@ -32,10 +43,7 @@ def decode(data: bytes) -> object:
         )
     except (cbor2.CBORError, ValueError, OverflowError, MemoryError) as error:
         raise CborError(str(error) or type(error).__name__) from error
-    trailing = len(data) - source.tell()
-    if trailing:
-        raise CborError(f"{trailing} trailing bytes")
-    return item
+    return item, data[source.tell() :]
 
 
 def _refuse_tag(*_: object) -> NoReturn:

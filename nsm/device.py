@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import cbor2
 
 from nsm import cbor
-from nsm.module import REQUEST_MAX, RESPONSE_MAX, Description, ErrorCode, NsmError, Pcr
+from nsm.module import REQUEST_MAX, RESPONSE_MAX, Description, ErrorCode, NsmError, Pcr, Source
 
 DEVICE: Final = "/dev/nsm"
 # _IOWR(0x0A, 0, struct nsm_raw) of linux/nsm.h; struct nsm_raw is {u64 address, u64 length} for the
@@ -25,6 +25,8 @@ NSM_IOCTL_RAW: Final = 0xC0200A00
 
 class Device:
     """A transport over the device node; see `nsm.module.Transport`."""
+
+    source: Source = "enclave"
 
     def __init__(self, path: str = DEVICE) -> None:
         self.name = path

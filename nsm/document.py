@@ -17,7 +17,7 @@ import hashlib
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import cbor2
 from cryptography.exceptions import InvalidSignature
@@ -35,6 +35,7 @@ from nsm.cose import (
     read_cose_sign1,
     sized,
 )
+from nsm.module import Source
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -72,9 +73,6 @@ PUBLIC_KEY_MAX: Final = 1024
 FIELD_MAX: Final = 1024
 PCRS_MAX: Final = 32
 NITROTPM_PCRS_MAX: Final = 24  # the PCRs of a PC Client TPM, all of which are in a document
-
-Source = Literal["enclave", "nitrotpm"]
-"""Whose document it is: a Nitro Enclave's, or that of the NitroTPM of an EC2 instance."""
 
 _WHOSE: Final = {
     "enclave": "an enclave",

@@ -18,7 +18,16 @@ from ctypes import POINTER, c_char, c_char_p, c_int32, c_size_t, c_uint8, c_uint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from nsm.module import REQUEST_MAX, RESPONSE_MAX, Description, ErrorCode, NsmError, Pcr
+from nsm.module import (
+    REQUEST_MAX,
+    RESPONSE_MAX,
+    Description,
+    ErrorCode,
+    NsmError,
+    Pcr,
+    SetupError,
+    Source,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,7 +76,7 @@ class Reason(enum.StrEnum):
     OTHER_ABI = "another ABI version"
 
 
-class LibraryError(Exception):
+class LibraryError(SetupError):
     """A libnsm.so that cannot be used; `reason` says why, `path` which."""
 
     def __init__(self, path: str, reason: Reason, detail: str = "") -> None:
@@ -121,6 +130,8 @@ class Library:
 
     Raises LibraryError when the library cannot be used, NsmError when it cannot open the device.
     """
+
+    source: Source = "enclave"
 
     def __init__(self, path: str) -> None:
         self._library = load(path)

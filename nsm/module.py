@@ -6,7 +6,12 @@ import enum
 import errno as errno_names
 import os
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
+
+Source = Literal["enclave", "nitrotpm"]
+"""Whose module it is, and so whose documents: a Nitro Enclave's NSM, or the NitroTPM of an EC2
+instance.
+"""
 
 REQUEST_MAX: Final = (
     0x1000  # NSM_REQUEST_MAX_SIZE of linux/nsm.h: user data, nonce and public key together
@@ -28,6 +33,12 @@ class ErrorCode(enum.IntEnum):
     InternalError = 8
 
 
+class SetupError(Exception):
+    """What leads to the NSM is set up wrongly; `subject` is what cannot be used."""
+
+    subject = "library of the Nitro Secure Module"
+
+
 class NsmError(Exception):
     """The NSM could not be reached, or refused.
 
@@ -35,6 +46,11 @@ class NsmError(Exception):
     one of `code` (the NSM, or the library in front of it, refused) and `errno` (the kernel did) is
     set.
     """
+
+    module = "Nitro Secure Module"
+    """what could not be reached, or refused"""
+    hints: tuple[str, ...] = ()
+    """what to do about it, where that is known"""
 
     def __init__(
         self,
@@ -85,6 +101,8 @@ class Transport(Protocol):
     REQUEST_MAX: `nsm.Nsm` has checked them.
     """
 
+    source: Source
+    """whose documents it gets"""
     name: str
     """what to tell a user of -v: the library's path and ABI version, or the device's path"""
 

@@ -432,6 +432,8 @@ def test_the_json_of_describe(enclave: Enclave) -> None:
     pcrs, transport = shown.pop("pcrs"), shown.pop("transport")
     assert transport
     assert shown == {
+        "source": "enclave",
+        "nitrotpm_pcrs": {},
         "module_id": DEFAULT_MODULE_ID,
         "version": "1.0.0",
         "digest": "SHA384",

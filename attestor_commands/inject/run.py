@@ -269,6 +269,15 @@ def _receipt(
         }
         for entry, outcome in zip(manifest.entries, outcomes, strict=True)
     ]
-    pcrs = {str(number): value.hex() for number, value in sorted(document.pcrs.items())}
-    receipt = {"version": 1, "module_id": document.module_id, "pcrs": pcrs, "entries": entries}
+    receipt = {
+        "version": 1,
+        "module_id": document.module_id,
+        "pcrs": _in_hex(document.pcrs),
+        **drop_unset(nitrotpm_pcrs=_in_hex(document.nitrotpm_pcrs)),
+        "entries": entries,
+    }
     return json.dumps(receipt, indent=2).encode() + b"\n"
+
+
+def _in_hex(pcrs: Mapping[int, bytes]) -> dict[str, str]:
+    return {str(number): value.hex() for number, value in sorted(pcrs.items())}
