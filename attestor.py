@@ -600,7 +600,7 @@ def _add_client_check(base_classes: list[type], **_: object) -> None:
 
 
 def _require_authenticated(endpoint: Any) -> None:
-    """Refuse an endpoint without verified TLS.
+    """Refuse an endpoint without verified TLS, and bound what comes from one with it.
 
     Whoever has seen the attestation document can encrypt to its public key: only TLS tells KMS's
     answer from the parent's.
@@ -611,6 +611,9 @@ def _require_authenticated(endpoint: Any) -> None:
         raise InputError("the client was made with verify=False", names.TLS_HINT)
     if endpoint.http_session._proxy_config.settings.get("proxy_use_forwarding_for_https"):
         raise InputError("the client lets its proxy end TLS", names.TLS_HINT)
+    from attestor_io.connections import bound_answers
+
+    bound_answers(endpoint.http_session)
 
 
 def _require_https(params: Mapping[str, Any], **_: object) -> None:
@@ -659,7 +662,8 @@ def _unwrap_answer(
 class Kms:
     """KMS as one command meets it; `deadline` is that of the command, for all of its calls.
 
-    `vsock` and `imds_vsock` carry the connections to KMS and to the metadata service.
+    `vsock` and `imds_vsock` carry the connections to KMS and to the metadata service, `host_vsock`
+    those to other hosts by their names, such as that of STS.
     """
 
     region: str
@@ -668,6 +672,7 @@ class Kms:
     vsock: Address | None = None
     imds_vsock: Address | None = None
     ca_bundle: str | None = None
+    host_vsock: Mapping[str, Address] = field(default_factory=dict)
 
     @classmethod
     def connect(
@@ -679,6 +684,7 @@ class Kms:
         vsock: Address | None = None,
         imds_vsock: Address | None = None,
         ca_bundle: str | None = None,
+        host_vsock: Mapping[str, Address] | None = None,
     ) -> Self:
         """KMS as options name it; the metadata service tells the region if nothing else does.
 
@@ -689,7 +695,8 @@ class Kms:
 
             region = metadata.region(imds_vsock, deadline)
         region = names.resolve_region(region, key_id, os.environ)
-        return cls(region, endpoint_url, deadline, vsock, imds_vsock, ca_bundle)
+        hosts = host_vsock or {}
+        return cls(region, endpoint_url, deadline, vsock, imds_vsock, ca_bundle, hosts)
 
     def call(self, operation: str, **parameters: object) -> dict[str, Any]:
         """Call an operation ("decrypt") of the attested client; raises only errors of ours."""
@@ -698,42 +705,45 @@ class Kms:
         import botocore.session
 
         recipient.wait_for_module(self.deadline)
-        session = botocore.session.Session()
-        return self.deadline.call(lambda: self._call(session, operation, parameters, attest=True))
+        return self._call(botocore.session.Session(), attested, operation, parameters)
 
     def call_unattested(self, operation: str, **parameters: object) -> dict[str, Any]:
         """The same without a Recipient, for an operation that has none."""
         import botocore.session
 
-        session = botocore.session.Session()
-        return self.deadline.call(lambda: self._call(session, operation, parameters, attest=False))
+        return self._call(botocore.session.Session(), lambda it: it, operation, parameters)
 
     def _call(
-        self, session: Any, operation: str, parameters: Mapping[str, object], *, attest: bool
+        self, session: Any, attest: Callable[[Any], Any], name: str, parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        client = self.ready_client(session)
-        with errors_translated(session, operation, parameters):
-            method = getattr(attested(client) if attest else client, operation)
-            answer: dict[str, Any] = method(**parameters)
+        call = getattr(attest(self.ready_client(session)), name)
+        with errors_translated(session, name, parameters):
+            answer: dict[str, Any] = self.deadline.call(lambda: call(**parameters))
         log.info("KMS answered request %s", answer.get("ResponseMetadata", {}).get("RequestId"))
         return answer
 
     def ready_client(self, session: Any, connections: int = 10) -> Any:
         """A client of a new botocore session that has credentials; not yet attested."""
-        self.prepare(session)
-        check_credentials(session)
-        return self.client(session, connections)
+
+        def make() -> Any:
+            self.prepare(session)
+            check_credentials(session)
+            return self.client(session, connections)
+
+        return self.deadline.call(make, "no AWS credentials")
 
     def prepare(self, session: Any) -> None:
-        """Let a new session load its data and find its credentials in our way."""
-        from attestor_io import sdk_data
+        """Let a new session load its data, find its credentials and connect in our way.
+
+        Raises InputError and RefusedError for a configuration that the SDK cannot use.
+        """
+        from attestor_io import connections, credentials, sdk_data
 
         sdk_data.confine(session)
-        if self.imds_vsock:
-            from attestor_io import vsock
-
-            with _configuration_errors_translated():
-                vsock.carry_metadata(session, self.imds_vsock)
+        session.set_config_variable("region", self.region)  # of STS, too
+        connections.govern_session(session, self.host_vsock)
+        with _configuration_errors_translated():
+            credentials.equip(session, self.deadline, self.imds_vsock, self.host_vsock)
 
     def client(self, session: Any, connections: int = 10) -> Any:
         """A client with so many connections at most; raises InputError if it cannot be made."""
@@ -754,38 +764,22 @@ class Kms:
             )
             urlsplit(client.meta.endpoint_url).port  # noqa: B018 - raises ValueError for nonsense
         if self.vsock:
-            from attestor_io import vsock
+            from attestor_io.connections import carry
 
-            vsock.carry(client, self.vsock)
+            carry(client, self.vsock)
         log.info("KMS at %s", client.meta.endpoint_url)
         _require_authenticated(client._endpoint)
         return client
 
 
 def check_credentials(session: Any) -> None:
-    """Have the session find its credentials now: the parent's choice, which no message repeats."""
-    from botocore import exceptions as sdk
+    """Have the session find its credentials now; a wrong clock is told from a wrong answer."""
+    from attestor_io import credentials
 
     try:
-        credentials = session.get_credentials()
-        found = credentials.get_frozen_credentials() if credentials else None
-    except (sdk.MetadataRetrievalError, sdk.ConnectionError, sdk.HTTPClientError) as error:
-        raise UnreachableError(f"AWS credentials cannot be fetched: {error}") from error
-    except Exception as error:
-        expired = kms_errors.is_of_expired_credentials(error)
-        harmless = expired or isinstance(error, sdk.BotoCoreError | sdk.ClientError)
-        reason = str(error) if harmless else f"they cannot be read ({type(error).__name__})"
-        hint = kms_errors.EXPIRED_HINT if expired else kms_errors.CREDENTIALS_HINT
-        raise kms_errors.redacted(_no_credentials(reason, hint), session) from error
-    if found is None:
-        raise _no_credentials("there are none")
-    for value in filter(None, (found.access_key, found.secret_key, found.token)):
-        if not (isinstance(value, str) and value.isascii() and value.isprintable()):
-            raise _no_credentials("they hold what no credentials hold")
-
-
-def _no_credentials(reason: str, hint: str = kms_errors.CREDENTIALS_HINT) -> RefusedError:
-    return RefusedError(f"no valid AWS credentials: {reason}", hint)
+        credentials.check(session)
+    except AttestorError as error:
+        raise clock_fault(error) or error from error.__cause__
 
 
 @contextlib.contextmanager
@@ -793,12 +787,18 @@ def _configuration_errors_translated() -> Iterator[None]:
     """Let only errors of ours out of the making of a client, and no value of a profile."""
     from botocore import exceptions as sdk
 
+    from attestor_io import credentials
+
     try:
         yield
-    except (sdk.ProfileNotFound, sdk.PartialCredentialsError) as error:
-        raise _no_credentials(str(error)) from error
-    except sdk.CredentialRetrievalError as error:
-        raise _no_credentials(str(error)) from error
+    except AttestorError:
+        raise
+    except (
+        sdk.ProfileNotFound,
+        sdk.PartialCredentialsError,
+        sdk.CredentialRetrievalError,
+    ) as error:
+        raise credentials.missing(str(error)) from error
     except Exception as error:
         harmless = isinstance(error, sdk.BotoCoreError | ValueError)
         reason = f"client of KMS cannot be made: {error if harmless else type(error).__name__}"
@@ -1040,6 +1040,17 @@ def parse_timeout(_context: click.Context, _option: click.Parameter, text: str) 
     return Deadline(seconds)
 
 
+def _parse_hosts(
+    _context: click.Context, _option: click.Parameter, pairs: Sequence[str]
+) -> dict[str, Address]:
+    """NAME=CID:PORT as an option's values; raises InputError."""
+    if not pairs:
+        return {}
+    from attestor_io.vsock import parse_hosts
+
+    return parse_hosts(pairs, "--host-vsock")
+
+
 def _parse_endpoint(_context: click.Context, _option: click.Parameter, url: str | None) -> Any:
     return names.parse_endpoint(url, "--endpoint-url")
 
@@ -1128,6 +1139,13 @@ VSOCK_OPTIONS: Final[Mapping[str, _Decorator]] = {
         metavar="CID:PORT",
         callback=parse_vsock,
         help="reach the instance metadata service so, for credentials and region",
+    ),
+    "host_vsock": click.option(
+        "--host-vsock",
+        metavar="NAME=CID:PORT",
+        multiple=True,
+        callback=_parse_hosts,
+        help="reach another host so, such as that of STS, repeatable",
     ),
 }
 

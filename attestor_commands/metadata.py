@@ -42,7 +42,8 @@ def metadata(path: str, imds_vsock: Address | None, deadline: Deadline) -> None:
       attestor metadata --imds-vsock 3:8002 tags/instance/mpa-node
 
     PATH is below latest/meta-data/; credentials are never printed. The value is the parent's claim.
-    Without vsock the service is at AWS_EC2_METADATA_SERVICE_ENDPOINT or http://169.254.169.254.
+    Without vsock the service is at AWS_EC2_METADATA_SERVICE_ENDPOINT, or else at its IPv4 or IPv6
+    address as AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE says; no proxy is asked.
 
     Exit status: 0 done, 2 usage, 4 no such value, 5 try again.
     """

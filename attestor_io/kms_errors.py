@@ -17,6 +17,11 @@ CREDENTIALS_HINT: Final = (
     "in an enclave the parent must pass them on, and renew them when they expire"
 )
 EXPIRED_HINT: Final = "they are expired: renew them"
+SHOWN_MAX: Final = 2000  # characters of a text from outside
+_PROXY_HINT: Final = "is vsock-proxy running on the parent, and does it listen on this port?"
+_CLOSED_HINT: Final = (
+    "vsock-proxy does that if its allow list lacks the host, or if it cannot reach the host itself"
+)
 
 # What AWS answers to a signature that it cannot verify, which bears the caller's time
 UNSIGNED: Final = frozenset(
@@ -29,23 +34,30 @@ _TRANSIENT: Final = frozenset(
     "ThrottlingException Throttling ThrottledException RequestThrottled RequestThrottledException "
     "RequestLimitExceeded TooManyRequestsException SlowDown DependencyTimeoutException "
     "KMSInternalException KeyUnavailableException InternalFailure InternalServerError "
+    "IDPCommunicationError "
     "ServiceUnavailable ServiceUnavailableException".split()
 )
 
 
-def translate(error: Exception, operation: str) -> AttestorError | None:  # noqa: C901, PLR0911 - a table
+def translate(  # noqa: PLR0911 - a table
+    error: Exception, operation: str, service: str = "KMS"
+) -> AttestorError | None:
     """The SDK's exception in a call of `operation` as ours; None for an unknown one: a bug."""
     from botocore import exceptions as sdk
 
+    ours = next((one for one in causes(error) if isinstance(one, AttestorError)), None)
+    if ours is not None:
+        return _answered_too_much(ours, service)
     match error:
         case sdk.ClientError():
-            return _translate_answer(error, operation)
-        case sdk.SSLError():
-            return _translate_tls(error)
-        case sdk.ConnectionError() | sdk.HTTPClientError():
-            return UnreachableError(f"KMS cannot be reached: {error}")
-        case sdk.IncompleteReadError() | sdk.MetadataRetrievalError():
-            return UnreachableError(f"KMS cannot be reached: {error}")
+            return _translate_answer(error, operation, service)
+        case (
+            sdk.ConnectionError()
+            | sdk.HTTPClientError()
+            | sdk.IncompleteReadError()
+            | sdk.MetadataRetrievalError()
+        ):
+            return _translate_connection(error, service)
         case sdk.NoCredentialsError() | sdk.PartialCredentialsError():
             return RefusedError(f"no valid AWS credentials: {error}", CREDENTIALS_HINT)
         case sdk.CredentialRetrievalError():
@@ -55,11 +67,60 @@ def translate(error: Exception, operation: str) -> AttestorError | None:  # noqa
         case RuntimeError() if is_of_expired_credentials(error):
             return RefusedError(f"no valid AWS credentials: {error}", EXPIRED_HINT)
         case sdk.BotoCoreError():
-            return RefusedError(f"KMS cannot be called: {error}")
-        case ValueError() | TypeError() | AttributeError() | LookupError():
-            return NotAuthenticError(f"answer of KMS cannot be read ({type(error).__name__})")
+            return RefusedError(f"{service} cannot be called: {error}")
+        case _ if is_unreadable(error):
+            return NotAuthenticError(f"answer of {service} cannot be read ({type(error).__name__})")
         case _:
             return None
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Whether this is what the SDK raises when it parses an answer that makes no sense to it."""
+    from botocore.parsers import ResponseParserError
+
+    kinds = ValueError | TypeError | AttributeError | LookupError | ArithmeticError | RecursionError
+    return isinstance(error, kinds | ResponseParserError)
+
+
+def cut(text: str) -> str:
+    """So much of a text from outside as a message has room for."""
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}... ({len(text)} characters)"
+
+
+def _answered_too_much(error: AttestorError, service: str) -> AttestorError:
+    """An error that was raised below the SDK; KMS sends nothing of that length, others might."""
+    from attestor_io.connections import AnswerTooLongError
+
+    if not isinstance(error, AnswerTooLongError):
+        return error
+    if service == "KMS":
+        return NotAuthenticError(f"answer of KMS cannot be read: {error}")
+    return UnreachableError(f"answer of {service} cannot be read: {error}")
+
+
+def _translate_connection(error: Any, service: str) -> AttestorError:
+    """A connection that there is not, or that does not last."""
+    from botocore.exceptions import SSLError
+
+    if fault := fault_on_the_way(error, service):
+        return fault
+    if isinstance(error, SSLError):
+        return _translate_tls(error, service)
+    return UnreachableError(f"{service} cannot be reached: {error}")
+
+
+def fault_on_the_way(error: Exception, service: str) -> UnreachableError | None:
+    """What vsock, a proxy or an early end is to blame for; libraries would blame the endpoint."""
+    from attestor_io.connections import ClosedEarlyError, NoWayError, NoWayInTimeError
+
+    for cause in causes(error):
+        if isinstance(cause, NoWayError | NoWayInTimeError):
+            reason = f"no connection to {cause.where}: {cause.reason}"
+            return UnreachableError(f"{service} cannot be reached: {reason}", _PROXY_HINT)
+        if isinstance(cause, ClosedEarlyError):
+            hints = [_CLOSED_HINT] if cause.where.startswith("vsock") else []
+            return UnreachableError(f"{service} cannot be reached: {cause}", *hints)
+    return None
 
 
 def may_be_of_clock(error: Exception) -> bool:
@@ -68,10 +129,12 @@ def may_be_of_clock(error: Exception) -> bool:
 
     from botocore.exceptions import ClientError
 
-    if isinstance(error, ClientError):
-        return error.response.get("Error", {}).get("Code") in UNSIGNED
-    found = (cause for cause in causes(error) if isinstance(cause, ssl.SSLCertVerificationError))
-    return any(cause.verify_code in _VALIDITY for cause in found)
+    found = list(causes(error))
+    answers = (cause.response for cause in found if isinstance(cause, ClientError))
+    if any(answer.get("Error", {}).get("Code") in UNSIGNED for answer in answers):
+        return True
+    certificates = (cause for cause in found if isinstance(cause, ssl.SSLCertVerificationError))
+    return any(cause.verify_code in _VALIDITY for cause in certificates)
 
 
 def is_of_expired_credentials(error: Exception) -> bool:
@@ -79,19 +142,19 @@ def is_of_expired_credentials(error: Exception) -> bool:
     return "still expired" in str(error)
 
 
-def _translate_answer(error: Any, operation: str) -> AttestorError:
+def _translate_answer(error: Any, operation: str, service: str) -> AttestorError:
     """An error that KMS answered with: its code, its message and its request id, always."""
     answer = error.response.get("Error", {})
     metadata = error.response.get("ResponseMetadata", {})
     code, message = str(answer.get("Code") or "unknown error"), str(answer.get("Message") or "")
-    request_id = metadata.get("RequestId") or "none"
-    said = f"{': '.join(filter(None, (code, message)))} (request id {request_id})"
+    request_id = cut(str(metadata.get("RequestId") or "none"))
+    said = f"{': '.join(cut(one) for one in (code, message) if one)} (request id {request_id})"
     if code in _TRANSIENT or metadata.get("HTTPStatusCode", 0) >= 500:
-        return UnreachableError(f"KMS cannot answer now: {said}")
-    return RefusedError(f"KMS refused to {operation.replace('_', ' ')}: {said}")
+        return UnreachableError(f"{service} cannot answer now: {said}")
+    return RefusedError(f"{service} refused to {operation.replace('_', ' ')}: {said}")
 
 
-def _translate_tls(error: Exception) -> AttestorError:
+def _translate_tls(error: Exception, service: str) -> AttestorError:
     import ssl
 
     # a wrong name is found by urllib3, and not by ssl
@@ -100,13 +163,13 @@ def _translate_tls(error: Exception) -> AttestorError:
     found = list(causes(error))
     if any(isinstance(cause, ssl.SSLCertVerificationError | CertificateError) for cause in found):
         return NotAuthenticError(
-            f"certificate of KMS is not valid: {error}",
+            f"certificate of {service} is not valid: {error}",
             "somebody may be in the middle; AWS_CA_BUNDLE names the roots to trust",
         )
     unreadable = FileNotFoundError | PermissionError | IsADirectoryError
     if any(isinstance(cause, unreadable) or _has_no_root(cause) for cause in found):
         return InputError(f"CA bundle cannot be read: {error}", _bundle_hint())
-    return UnreachableError(f"no TLS with KMS: {error}")
+    return UnreachableError(f"no TLS with {service}: {error}")
 
 
 def _bundle_hint() -> str:

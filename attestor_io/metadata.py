@@ -1,6 +1,10 @@
 """The instance metadata service, version 2 only: one value for one path, over vsock or TCP, without
 the SDK.
 
+Region, tags, the command and `attestor_io.credentials` ask it by one rule: through the vsock
+address that an option or a manifest names; else at $AWS_EC2_METADATA_SERVICE_ENDPOINT, or the usual
+address of the family that $AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE names; and never through a proxy.
+
 A token is fetched by PUT and shown in each GET (IMDSv2, "Use the Instance Metadata Service" of the
 EC2 User Guide). Whatever answers is the parent, and hostile: an answer is bounded in time and
 bytes, and a value is one printable line.
@@ -31,12 +35,14 @@ if TYPE_CHECKING:
 
 VALUE_MAX: Final = 16 << 10
 TIMEOUT: Final = 10.0  # seconds for everything, retries included
-_CONNECT_TIMEOUT: Final = 3.0
+_CONNECT_TIMEOUT: Final = 3
+_ATTEMPTS: Final = 3
 _ANSWER_MAX: Final = 2 * VALUE_MAX  # with status line, headers and the frames of chunks
-_PAUSE: Final = 0.1  # seconds before the second attempt, twice that before the third and last
+_PAUSE: Final = 0.1  # seconds before the second attempt, and twice that before all others
 
 ENDPOINT_VARIABLE: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
-_HOST: Final = "169.254.169.254"
+MODE_VARIABLE: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE"
+_HOSTS: Final = {"ipv4": "169.254.169.254", "ipv6": "[fd00:ec2::254]"}
 _URL: Final = re.compile(
     r"http://((?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253}))(?::([0-9]{1,5}))?)/?"
 )
@@ -47,30 +53,29 @@ _SEGMENT: Final = (
 )
 _PATH: Final = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 _CREDENTIALS: Final = frozenset({"iam", "identity-credentials", "security-credentials"})
+ROLES: Final = "iam/security-credentials/"
 _TAGS: Final = "tags/instance/"
 _ENABLE: Final = (
     "aws ec2 modify-instance-metadata-options --instance-id ID "
     "--instance-metadata-tags enabled lets it show them"
+)
+_A_TOKEN: Final = "a token"  # noqa: S105 - its name in messages
+_HOP_LIMIT: Final = (
+    "it takes connections but gives no token: a hop limit of 1 does that to containers; aws ec2 "
+    "modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit 2 mends it"
 )
 
 
 def fetch(path: str, address: Address | None = None, deadline: Deadline | None = None) -> str:
     """The value at a path below latest/meta-data/, at most 16 KiB of text in one line.
 
-    `address` is where vsock leads to the service; without one it is
-    $AWS_EC2_METADATA_SERVICE_ENDPOINT or the usual address, never through a proxy. `deadline` is
-    for everything, the name of an endpoint included. Raises InputError for a path or endpoint that
-    cannot be, or a path that leads to credentials; UnreachableError; RefusedError when trying again
-    is useless.
+    `address` is where vsock leads to the service. `deadline` is for everything, the name of an
+    endpoint included. Raises InputError for a path or endpoint that cannot be, or a path that leads
+    to credentials; UnreachableError; RefusedError when trying again is useless.
     """
     _check_path(path)
-    service = _Service.at(address, os.environ, deadline or Deadline(TIMEOUT))
-    token = service.ask(
-        "PUT", "/latest/api/token", f"{_HEADER}-ttl-seconds: 60\r\nContent-Length: 0", "a token"
-    )
-    if not _TOKEN.fullmatch(token):
-        raise RefusedError("metadata service gives a token that is none")
-    return service.ask("GET", f"/latest/meta-data/{path}", f"{_HEADER}: {token}", path)
+    service = Service.at(address, os.environ, deadline or Deadline(TIMEOUT))
+    return one_line(service.get(path, service.token()), path)
 
 
 def region(address: Address | None = None, deadline: Deadline | None = None) -> str:
@@ -91,69 +96,96 @@ def _check_path(path: str) -> None:
         raise InputError(f"{path} leads to credentials, which are not shown")
 
 
-class _Service:
-    """The service behind one way to it."""
+def endpoint(environment: Mapping[str, str]) -> str:
+    """The URL of the service in an environment; raises InputError for a mode that there is not."""
+    if given := environment.get(ENDPOINT_VARIABLE):
+        return given
+    mode = (environment.get(MODE_VARIABLE) or "ipv4").lower()
+    if mode not in _HOSTS:
+        raise InputError(f"{MODE_VARIABLE} {mode} is neither IPv4 nor IPv6")
+    return f"http://{_HOSTS[mode]}"
+
+
+class Service:
+    """The service behind one way to it; `where` is for messages."""
 
     def __init__(self, host: str, where: str, dial: Dial, deadline: Deadline) -> None:
-        self._host, self._where, self._dial, self._deadline = host, where, dial, deadline
+        self._host, self.where, self._dial, self._deadline = host, where, dial, deadline
+        self._attempts, self._patience = _ATTEMPTS, int(TIMEOUT)
 
     @classmethod
     def at(
         cls, address: Address | None, environment: Mapping[str, str], deadline: Deadline
-    ) -> _Service:
+    ) -> Service:
         """The service at a vsock address, or where the environment says."""
         if address:
-            where = f"vsock {address[0]}:{address[1]}"
-            return cls(_HOST, where, lambda timeout: vsock.dial(address, timeout), deadline)
-        url = environment.get(ENDPOINT_VARIABLE) or f"http://{_HOST}"
-        found = _URL.fullmatch(url)
-        host, port = (found[2] or found[3], int(found[4] or 80)) if found else ("", 0)
-        if found is None or not 0 < port < 2**16:
-            shown = without_query(url)
-            raise InputError(f"{ENDPOINT_VARIABLE} {shown} is no endpoint, such as http://{_HOST}")
-        return cls(found[1], url, partial(_dial, host, port, deadline), deadline)
+            dial = partial(_dial_vsock, address)
+            service = cls(_HOSTS["ipv4"], vsock.name(address), dial, deadline)
+        else:
+            url = endpoint(environment)
+            found = _URL.fullmatch(url)
+            host, port = (found[2] or found[3], int(found[4] or 80)) if found else ("", 0)
+            if found is None or not 0 < port < 2**16:
+                said = f"{ENDPOINT_VARIABLE} {without_query(url)} is no endpoint"
+                raise InputError(f"{said}, such as http://{_HOSTS['ipv4']}")
+            service = cls(found[1], url, partial(_dial, host, port, deadline), deadline)
+        service._attempts = _number(environment, "AWS_METADATA_SERVICE_NUM_ATTEMPTS", _ATTEMPTS)
+        service._patience = _number(environment, "AWS_METADATA_SERVICE_TIMEOUT", int(TIMEOUT))
+        return service
 
-    def ask(self, method: str, path: str, header: str, what: str) -> str:
+    def token(self) -> str:
+        """The token that every question needs; raises UnreachableError and RefusedError."""
+        header = f"{_HEADER}-ttl-seconds: 60\r\nContent-Length: 0"
+        token = one_line(self._ask("PUT", "/latest/api/token", header, _A_TOKEN), _A_TOKEN)
+        if not _TOKEN.fullmatch(token):
+            raise RefusedError("metadata service gives a token that is none")
+        return token
+
+    def get(self, path: str, token: str) -> bytes:
+        """What is at a path below latest/meta-data/, at most 16 KiB; raises as `token` does."""
+        return self._ask("GET", f"/latest/meta-data/{path}", f"{_HEADER}: {token}", path)
+
+    def _ask(self, method: str, path: str, header: str, what: str) -> bytes:
         """The body of an answer with status 200, tried again while that may help; `what` is for
         messages.
         """
-        pauses = [_PAUSE, 2 * _PAUSE]
+        pauses = [_PAUSE, *[2 * _PAUSE] * self._attempts][: self._attempts - 1]
         while True:
             try:
-                return self._ask(method, path, header, what)
+                return self._ask_once(method, path, header, what)
             except UnreachableError:
                 if not pauses or pauses[0] >= self._deadline.left:
                     raise
                 time.sleep(pauses.pop(0))
 
-    def _ask(self, method: str, path: str, header: str, what: str) -> str:
+    def _ask_once(self, method: str, path: str, header: str, what: str) -> bytes:
         request = (
             f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{header}\r\nConnection: "
             "close\r\n\r\n"
         )
-        with (
-            self._translated(what),
-            self._dial(min(_CONNECT_TIMEOUT, _left(self._deadline))) as connection,
-        ):
-            connection.settimeout(_left(self._deadline))
+        deadline = self._deadline.within(self._patience)
+        with self._translated(what):
+            connection = self._dial(min(_CONNECT_TIMEOUT, _left(deadline)))
+        hints = [_HOP_LIMIT] if what == _A_TOKEN else []  # once it has taken the connection
+        with connection, self._translated(what, *hints):
+            connection.settimeout(_left(deadline))
             connection.sendall(request.encode())
-            bounded = _Bounded(connection, self._deadline)
+            bounded = _Bounded(connection, deadline)
             with contextlib.closing(HTTPResponse(bounded, method=method)) as answer:  # type: ignore[arg-type]  # all it calls is makefile
-                return _text(_body(answer, what), what)
+                return _body(answer, what)
 
     @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def _translated(self, what: str, *hints_to_silence: str) -> Iterator[None]:
         """Let only errors of ours out; those of OpenSSL's kind do not occur."""
         try:
             yield
         except TimeoutError as error:
-            raise UnreachableError(
-                f"no answer of the metadata service at {self._where} in time"
-            ) from error
+            reason = f"no answer of the metadata service at {self.where} in time"
+            raise UnreachableError(reason, *hints_to_silence) from error
         except OSError as error:
             reason = error.strerror or str(error)
             raise UnreachableError(
-                f"metadata service at {self._where} cannot be reached: {reason}"
+                f"metadata service at {self.where} cannot be reached: {reason}"
             ) from error
         except (HTTPException, ValueError) as error:
             kind = type(error).__name__
@@ -163,13 +195,16 @@ class _Service:
 
 
 def _body(answer: HTTPResponse, what: str) -> bytes:
-    """What an answer with status 200 says; one that is too long by a byte or more."""
+    """What an answer with status 200 says, at most 16 KiB."""
     answer.begin()
     if answer.status != 200:
         raise _refusal(answer.status, what)
     body = answer.read(VALUE_MAX + 1)
+    if len(body) > VALUE_MAX:
+        reason = f"answer of the metadata service to {what} is longer than {VALUE_MAX} bytes"
+        raise UnreachableError(reason)
     # read(n) says nothing of a body that ends too early, nor of headers that do
-    if (answer.length and len(body) <= VALUE_MAX) or (answer.length is None and not body):
+    if answer.length or (answer.length is None and not body):
         raise UnreachableError(f"answer of the metadata service to {what} is cut short")
     return body
 
@@ -196,8 +231,17 @@ class _Bounded(io.RawIOBase):
         count = self._connection.recv_into(buffer)
         self._count += count
         if self._count > _ANSWER_MAX:
-            raise RefusedError(f"answer of the metadata service is longer than {_ANSWER_MAX} bytes")
+            reason = f"answer of the metadata service is longer than {_ANSWER_MAX} bytes"
+            raise UnreachableError(reason)
         return count
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A variable of the SDK's that counts attempts or seconds; raises InputError."""
+    text = environment.get(name) or str(default)
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise InputError(f"{name} {text} is no number from 1 to 9999")
+    return int(text)
 
 
 def _left(deadline: Deadline) -> float:
@@ -205,6 +249,10 @@ def _left(deadline: Deadline) -> float:
     if not (left := deadline.left):
         raise TimeoutError
     return left
+
+
+def _dial_vsock(address: Address, timeout: float | None) -> socket.socket:
+    return vsock.dial(address, timeout)  # looked up now: it is a function of another module
 
 
 def _dial(host: str, port: int, deadline: Deadline, timeout: float | None) -> socket.socket:
@@ -227,15 +275,14 @@ def _refusal(status: int, what: str) -> AttestorError:
         return RefusedError(
             f"the instance has no tag {name}, or tags are not enabled in instance metadata", _ENABLE
         )
+    if status == 404 and what == ROLES:
+        return RefusedError("the instance has no role")
     kind = UnreachableError if status == 429 or status >= 500 else RefusedError
     return kind(f"metadata service answers {status} for {what}")
 
 
-def _text(body: bytes, what: str) -> str:
-    if len(body) > VALUE_MAX:
-        raise RefusedError(
-            f"answer of the metadata service to {what} is longer than {VALUE_MAX} bytes"
-        )
+def one_line(body: bytes, what: str) -> str:
+    """The text of an answer, which must be one printable line; raises RefusedError."""
     with contextlib.suppress(UnicodeDecodeError):
         text = body.decode()
         if text and text.isprintable():

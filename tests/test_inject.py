@@ -102,6 +102,18 @@ def refused(manifest: Manifest, run: Run, status: int, *parts: str) -> None:
 # -- what works
 
 
+def test_keys_of_s3(manifest: Manifest) -> None:
+    """Whatever S3 allows, as it is; see "Naming Amazon S3 objects" of its user guide."""
+    keys = ["a b.enc", " x/y ", "a+b&c=d;e@f,g:h", "h(i)!*'~$\\\"", "a?b#c", "100%", "a%2Fb"]
+    keys.append("\u00e9/\u4e2d")
+    for number, key in enumerate(keys):
+        manifest.enclave.world.store.objects[f"bucket/{key}"] = key.encode()
+        target = f"{manifest.run}/{number}"
+        manifest.add("file", source=f"s3://bucket/{key}", target=target, unauthenticated=True)
+    assert manifest.inject() == DONE
+    assert manifest.placed() == {str(number): key.encode() for number, key in enumerate(keys)}
+
+
 def test_secrets_and_files_of_every_source(manifest: Manifest) -> None:
     enclave = manifest.enclave
     enclave.world.store.objects["bucket/b.enc"] = manifest.encrypt(b"from S3")

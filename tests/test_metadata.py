@@ -211,9 +211,6 @@ UNREACHABLE: Final[dict[str, Answer]] = {
     ),
     "status 500": b"HTTP/1.1 500 Oops\r\n\r\n",
     "status 429": b"HTTP/1.1 429 Slow\r\n\r\n",
-    "drip": None,
-}
-REFUSED: Final[dict[str, Answer]] = {
     "a long status line": b"HTTP/1.1 200 " + b"x" * 70000,
     "long header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60000 + b"\r\n\r\n",
     "endless continues": b"HTTP/1.1 100 Continue\r\n\r\n" * 5000,
@@ -223,6 +220,9 @@ REFUSED: Final[dict[str, Answer]] = {
     "too long, and a lie": b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 100000,
     "too long, in chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     + b"1\r\nx\r\n" * 20000,
+    "drip": None,
+}
+REFUSED: Final[dict[str, Answer]] = {
     "empty": ok(b""),
     "a line feed": ok(b"eu-west-1\n"),
     "two lines": ok(b"a\nb"),

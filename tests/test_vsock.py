@@ -17,7 +17,9 @@ import botocore.session
 import pytest
 
 from attestor import InputError
-from attestor_io import vsock
+from attestor_io import connections, vsock
+from attestor_io import credentials as credentials_source
+from attestor_io.deadline import Deadline
 from tests.conftest import Run
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def client(enclave: Enclave, endpoint_url: str = KMS, ca: str | None = None) -> 
 
 
 def carried(made: Any, dial: Callable[[float | None], socket.socket]) -> Any:
-    vsock.carry_by(made._endpoint.http_session, "a socket pair", dial)
+    connections.carry_by(made._endpoint.http_session, connections.Way("a socket pair", dial))
     return made
 
 
@@ -375,7 +377,7 @@ def test_expired_credentials_are_renewed_before_they_are_used(
             patch.delenv(name)
         patch.setenv("AWS_CONFIG_FILE", "/absent")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/absent")
-        vsock.carry_metadata(session, (3, port))
+        credentials_source.equip(session, Deadline(60), (3, port), {})
         credentials: Any = session.get_credentials()
         first = credentials.get_frozen_credentials()
         renewed = json.loads(metadata.content["iam/security-credentials/the-role"]) | {
@@ -407,7 +409,10 @@ def test_a_metadata_service_that_is_not_there(enclave: Enclave) -> None:
         environment=BARE,
     )
     assert run.status == 5
-    assert "Error retrieving metadata" in run.error
+    assert run.error == (
+        "AWS credentials cannot be fetched: "
+        "metadata service at vsock 3:1 cannot be reached: Connection refused"
+    )
     assert enclave.files() == {"blob"}
 
 

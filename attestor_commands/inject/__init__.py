@@ -63,6 +63,7 @@ def inject(
     settings: Mapping[str, str],
     receipt: str | None,
     force: bool,
+    host_vsock: Mapping[str, Address],
     **addresses: Address | None,
 ) -> None:
     """Put every secret and file of a manifest in its place, then become PROGRAM.
@@ -78,4 +79,12 @@ def inject(
     """
     from attestor_commands.inject.run import inject as run
 
-    run(manifest, program, settings=settings, receipt=receipt, force=force, addresses=addresses)
+    run(
+        manifest,
+        program,
+        settings=settings,
+        receipt=receipt,
+        force=force,
+        addresses=addresses,
+        host_vsock=host_vsock,
+    )

@@ -46,7 +46,7 @@ _FLAG: Final = Field(_is(bool), "true or false", {"type": "boolean"})
 _STRINGS: Final = Field(
     _is_list_of_strings, "a list of strings", {"type": "array", "items": {"type": "string"}}
 )
-_CONTEXT: Final = Field(
+_STRING_TABLE: Final = Field(
     _is_table_of_strings,
     "a table of strings",
     {"type": "object", "additionalProperties": {"type": "string"}},
@@ -69,7 +69,7 @@ _PLACEMENT: Final[Mapping[str, Field]] = {
 SECRET_FIELDS: Final[Mapping[str, Field]] = {
     **_PLACEMENT,
     "key_id": _STRING,
-    "context": _CONTEXT,
+    "context": _STRING_TABLE,
     "unbound": _FLAG,
     "grant_tokens": _STRINGS,
     "encoding": _STRING,
@@ -94,6 +94,7 @@ TOP_FIELDS: Final[Mapping[str, Field]] = {
     "vsock": _STRING,
     "imds_vsock": _STRING,
     "s3_vsock": _STRING,
+    "host_vsock": _STRING_TABLE,
     "timeout": _between(1, 86400),
     "concurrency": _between(1, 64),
     "pass_credentials": _FLAG,

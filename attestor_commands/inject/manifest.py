@@ -35,7 +35,7 @@ from attestor_io.errors import InputError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
 from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
-from attestor_io.vsock import Address, parse_address
+from attestor_io.vsock import Address, parse_address, parse_hosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,10 @@ DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
 _REFERENCE: Final = re.compile(r"\$\{([^}]*)\}|\$\{")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_SOURCE: Final = re.compile(r"(s3|https)://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
+_SOURCE: Final = re.compile(r"https://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
+_OBJECT: Final = re.compile(r"s3://([^/]+)/(.+)")  # whatever a key consists of
+_QUERY: Final = re.compile(r"\?[A-Za-z-]+=")  # no key is called so, but presigned URLs are
+_KEY_MAX: Final = 1024  # bytes of UTF-8, "Naming Amazon S3 objects" of its user guide
 # what of a source no variable may change
 _FIXED: Final = re.compile(r"/|-\Z|(s3|https)://[^/?#${}]+/")
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|arn:[A-Za-z0-9:._-]{1,200}")
@@ -100,6 +103,7 @@ class Manifest:
     vsock: Address | None
     imds_vsock: Address | None
     s3_vsock: Address | None
+    host_vsock: Mapping[str, Address]
     deadline: Deadline
     concurrency: int
     pass_credentials: bool
@@ -110,11 +114,13 @@ def parse(
     given: Mapping[str, str],
     environment: Mapping[str, str],
     addresses: Mapping[str, Address | None] = MappingProxyType({}),
+    host_vsock: Mapping[str, Address] = MappingProxyType({}),
 ) -> Manifest:
     """The manifest in a TOML document; `given` are the values of --set, which come before the
     environment's.
 
-    `addresses` of the keys vsock, imds_vsock and s3_vsock win over its own. Raises InputError. Only
+    `addresses` of the keys vsock, imds_vsock and s3_vsock win over its own, and so do those of
+    hosts in `host_vsock`. Raises InputError. Only
     with a variable that has a `tag` and no other value is the metadata service asked, over TCP
     where there is no imds_vsock.
     """
@@ -148,6 +154,7 @@ def parse(
         ca_bundle=table.get("ca_bundle"),
         https_ca_bundle=table.get("https_ca_bundle"),
         **ways,
+        host_vsock=_hosts(table) | dict(host_vsock),
         deadline=deadline,
         concurrency=table.get("concurrency", CONCURRENCY),
         pass_credentials=table.get("pass_credentials", False),
@@ -166,6 +173,11 @@ def _check_dots(text: bytes) -> None:
 
 def _address(table: Mapping[str, Any], name: str) -> Address | None:
     return parse_address(table[name]) if name in table else None
+
+
+def _hosts(table: Mapping[str, Any]) -> dict[str, Address]:
+    given = table.get("host_vsock", {})
+    return parse_hosts([f"{host}={address}" for host, address in given.items()], "host_vsock")
 
 
 class _Variables:
@@ -353,17 +365,17 @@ def _source(text: str, where: str, variables: _Variables) -> str:
         return source
     if source.startswith("/"):
         return _target(source, where, "source")
-    parts, shown = _SOURCE.fullmatch(source), without_query(source)
-    known = _BUCKET if source.startswith("s3") else _HOST
-    if (
-        parts is None
-        or not known.fullmatch(parts[2])
-        or (known is _BUCKET and (parts[4] or len(parts[3]) < 2))
-    ):
-        raise InputError(
-            f"{where}: source {shown} names no {'object' if known is _BUCKET else 'host and path'}"
-        )
-    if {".", ".."} & set(parts[3].split("/")) or not source.isprintable() or " " in source:
+    shown = without_query(source)
+    parts = (_OBJECT if source.startswith("s3") else _SOURCE).fullmatch(source)
+    if source.startswith("s3"):
+        if parts is None or not _BUCKET.fullmatch(parts[1]) or len(parts[2].encode()) > _KEY_MAX:
+            raise InputError(f"{where}: source {shown} names no object")
+        if _QUERY.search(parts[2]):
+            raise InputError(f"{where}: source {shown} has a query, which s3:// has not")
+    elif parts is None or not _HOST.fullmatch(parts[1]):
+        raise InputError(f"{where}: source {shown} names no host and path")
+    blank = source.startswith("https") and " " in source
+    if {".", ".."} & set(parts[2].split("/")) or not source.isprintable() or blank:
         raise InputError(f"{where}: source {shown} is not in its shortest form")
     return source
 

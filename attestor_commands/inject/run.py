@@ -33,7 +33,7 @@ from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from attestor_io.secret_file import SecretFile
     from attestor_io.vsock import Address
@@ -60,10 +60,12 @@ def inject(
     receipt: str | None,
     force: bool,
     addresses: Mapping[str, Address | None],
+    host_vsock: Mapping[str, Address],
 ) -> None:
     """Place everything of a manifest, then become the program if there is one.
 
-    `addresses` of vsock, imds_vsock and s3_vsock win over the manifest's. Raises an AttestorError,
+    `addresses` of vsock, imds_vsock and s3_vsock, and those of `host_vsock`, win over the
+    manifest's. Raises an AttestorError,
     and then nothing that this run placed is left; ProgramError for the program itself.
     """
     text = read_bounded(
@@ -71,7 +73,7 @@ def inject(
     )
     if len(text) > MANIFEST_MAX:
         raise InputError(f"manifest {manifest_file} is longer than {MANIFEST_MAX} bytes")
-    manifest = parse(text, settings, os.environ, addresses)
+    manifest = parse(text, settings, os.environ, addresses, host_vsock)
     if manifest_file == "-" and any(entry.source == "-" for entry in manifest.entries):
         raise InputError("standard input is the manifest, and a source in it")
     if receipt is not None and real_path(receipt) in {
@@ -115,6 +117,7 @@ def _kms(manifest: Manifest) -> Kms:
         manifest.vsock,
         manifest.imds_vsock,
         manifest.ca_bundle,
+        manifest.host_vsock,
     )
 
 
@@ -129,21 +132,17 @@ class _Injector:
 
         recipient.wait_for_module(kms.deadline)
         self._session = botocore.session.Session()
-        self._client = kms.deadline.call(self._made_client(kms))
+        self._client = attested(kms.ready_client(self._session, connections=manifest.concurrency))
         self._sources = Sources(
             self._session,
             kms.region,
             manifest.ca_bundle,
             manifest.https_ca_bundle,
             manifest.s3_vsock,
+            manifest.host_vsock,
             size=manifest.concurrency,
         )
         self._progress = Progress("written", len(manifest.entries))
-
-    def _made_client(self, kms: Kms) -> Callable[[], Any]:
-        return lambda: attested(
-            kms.ready_client(self._session, connections=self._manifest.concurrency)
-        )
 
     def run(self, targets: Sequence[SecretFile]) -> list[_Outcome]:
         """Fill every target; raises the first error."""

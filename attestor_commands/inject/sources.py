@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import urljoin, urlsplit
 
@@ -18,10 +19,13 @@ from attestor_io.errors import (
     RefusedError,
     UnreachableError,
 )
+from attestor_io.kms_errors import cut, fault_on_the_way, is_unreadable, redacted, translate
+from attestor_io.shortage import causes
 from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from attestor_io.vsock import Address
 
@@ -31,14 +35,21 @@ _REDIRECTS_MAX: Final = 3
 class Stream:
     """The bytes of one source; more than `limit` of them are an error."""
 
-    def __init__(self, source: IO[bytes] | Any, what: str, limit: int) -> None:
+    def __init__(
+        self,
+        source: IO[bytes] | Any,
+        what: str,
+        limit: int,
+        translated: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._source, self._what, self._limit = source, what, limit
+        self._translated = translated
         self._count = 0
 
     def read(self, size: int = -1) -> bytes:
         """Exactly so many bytes, fewer only at the end; raises an AttestorError."""
         want = min(size if size >= 0 else self._limit + 1, self._limit + 1 - self._count)
-        with _translated(self._what):
+        with self._translated():
             data: bytes = self._source.read(want)
         self._count += len(data)
         if self._count > self._limit:
@@ -60,9 +71,11 @@ class Sources:
         ca_bundle: str | None,
         https_ca_bundle: str | None,
         s3_vsock: Address | None,
+        host_vsock: Mapping[str, Address],
         size: int,
     ) -> None:
         self._session, self._region, self._s3_vsock = session, region, s3_vsock
+        self._host_vsock = host_vsock
         self._ca_bundle, self._https_ca_bundle = ca_bundle, https_ca_bundle
         self._connections = size
         self._lock = threading.Lock()
@@ -76,18 +89,21 @@ class Sources:
         """
         what = "standard input" if source == "-" else without_query(source)
         with contextlib.ExitStack() as opened:
-            with _translated(what):
-                raw = opened.enter_context(self._open(source))
-            yield Stream(raw, what, limit)
+            translated = partial(_translated, what, self._session)
+            with translated():
+                raw = opened.enter_context(self._open(source, limit))
+            yield Stream(raw, what, limit, translated)
 
-    def _open(self, source: str) -> Any:
+    def _open(self, source: str, limit: int) -> Any:
         if source == "-":
             return open(0, "rb", closefd=False)
         if source.startswith("s3://"):
             bucket, _, key = source.removeprefix("s3://").partition("/")
-            return contextlib.closing(self._s3().get_object(Bucket=bucket, Key=key)["Body"])
+            body = self._s3().get_object(Bucket=bucket, Key=key)["Body"]
+            _bound(body._raw_stream, limit)
+            return contextlib.closing(body)
         if source.startswith("https://"):
-            return self._get(source)
+            return self._get(source, limit)
         return open(os.open(source, os.O_RDONLY | os.O_CLOEXEC), "rb")
 
     def _s3(self) -> Any:
@@ -108,13 +124,13 @@ class Sources:
                 if not self._client.meta.endpoint_url.startswith("https://"):
                     raise InputError(f"endpoint {self._client.meta.endpoint_url} is not https")
                 if self._s3_vsock:
-                    from attestor_io.vsock import carry
+                    from attestor_io.connections import carry
 
                     carry(self._client, self._s3_vsock)
             return self._client
 
     @contextlib.contextmanager
-    def _get(self, url: str) -> Iterator[Any]:
+    def _get(self, url: str, limit: int) -> Iterator[Any]:
         """The body of an https answer with status 200; redirects lead to https only."""
         for _ in range(_REDIRECTS_MAX + 1):
             answer = self._pool(urlsplit(url).hostname or "").request(
@@ -126,6 +142,7 @@ class Sources:
             )
             with contextlib.closing(answer):
                 if answer.status == 200:
+                    _bound(answer, limit)
                     yield answer
                     return
                 url = _https_url(url, _location(answer))
@@ -135,15 +152,21 @@ class Sources:
         """Connections whose other end is verified as a host of AWS, or as any other."""
         import urllib3
 
+        from attestor_io.connections import OBJECTS_BOUND, by_name, governed_pools
+
         with self._lock:
             aws = is_of_aws(host, self._session)
             if aws not in self._pools:
-                self._pools[aws] = urllib3.PoolManager(
+                pool = urllib3.PoolManager(
                     maxsize=self._connections,
                     ssl_context=self._trust(aws=aws),
                     timeout=urllib3.Timeout(ATTEMPT_TIMEOUT),
                     retries=urllib3.Retry(connect=2, read=0, redirect=0, status=0, other=0),
                 )
+                pool.pool_classes_by_scheme = governed_pools(
+                    pool.pool_classes_by_scheme, by_name(self._host_vsock), OBJECTS_BOUND
+                )
+                self._pools[aws] = pool
             return self._pools[aws]
 
     def _trust(self, *, aws: bool) -> Any:
@@ -168,6 +191,12 @@ class Sources:
             raise InputError(
                 f"CA bundle {bundle} cannot be read: {error.strerror or error}"
             ) from error
+
+
+def _bound(response: Any, limit: int) -> None:
+    from attestor_io.connections import bound_object
+
+    bound_object(response, limit)
 
 
 def is_of_aws(host: str, session: Any) -> bool:
@@ -210,8 +239,8 @@ def _refusal(status: int, said: str) -> AttestorError:
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Let only errors of ours out, which name the source."""
+def _translated(what: str, session: Any) -> Iterator[None]:
+    """Let only errors of ours out, which name the source and show no credential."""
     try:
         yield
     except Exception as error:
@@ -221,48 +250,39 @@ def _translated(what: str) -> Iterator[None]:
         ours.args = (f"source {what} cannot be read: {ours}",)
         if ours is error:
             raise
-        raise ours from error
+        raise redacted(ours, session) from error
 
 
 def _ours(error: Exception) -> AttestorError | None:  # noqa: PLR0911 - a table, as match
+    """What a file, urllib3 or the SDK raised."""
     import ssl
 
     from botocore import exceptions as sdk
     from urllib3 import exceptions as http
     from urllib3.util.ssl_match_hostname import CertificateError
 
-    from attestor_io.shortage import causes
-
+    kinds = (ssl.SSLCertVerificationError, CertificateError)
     match error:
         case AttestorError():
             return error
         case sdk.ClientError():
             answer = error.response.get("Error", {})
-            said = ": ".join(
-                filter(None, (str(answer.get("Code") or "error"), str(answer.get("Message") or "")))
-            )
+            code, message = str(answer.get("Code") or "error"), str(answer.get("Message") or "")
+            said = ": ".join(cut(one) for one in (code, message) if one)
             return _refusal(
                 error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), said
             )
-        case (
-            sdk.NoCredentialsError()
-            | sdk.PartialCredentialsError()
-            | sdk.CredentialRetrievalError()
+        case http.HTTPError() | sdk.HTTPClientError() | sdk.ConnectionError() if any(
+            isinstance(cause, kinds) for cause in causes(error)
         ):
-            return RefusedError(f"no valid AWS credentials: {error}")
-        case (
-            http.HTTPError()
-            | sdk.HTTPClientError()
-            | sdk.ConnectionError()
-            | sdk.IncompleteReadError()
-        ):
-            kinds = (ssl.SSLCertVerificationError, CertificateError)
-            if any(isinstance(cause, kinds) for cause in causes(error)):
-                return NotAuthenticError(f"certificate is not valid: {error}")
-            return UnreachableError(str(error))
-        case sdk.BotoCoreError():
-            return RefusedError(str(error))
-        case OSError():
+            return NotAuthenticError(f"certificate is not valid: {error}")
+        case http.HTTPError():
+            return fault_on_the_way(error, "its server") or UnreachableError(str(error))
+        case OSError() if not isinstance(error, sdk.BotoCoreError):
             return InputError(error.strerror or str(error))
+        case RecursionError():  # a loop of redirects is one for the SDK
+            return UnreachableError("answer redirects without end, or is nested too deep")
+        case _ if is_unreadable(error):
+            return UnreachableError(f"answer cannot be read ({type(error).__name__})")
         case _:
-            return None
+            return translate(error, "read it", "its server")
