@@ -41,8 +41,8 @@ class Bound(NamedTuple):
     objects: bool = False
 
 
-KMS_BOUND: Final = Bound(512 << 10)  # the longest, a thousand names of keys, has some 150 KiB
 USUAL_BOUND: Final = Bound(64 << 10)
+FOREIGN_BOUND: Final = Bound(512 << 10)  # KMS's longest, a thousand names of keys: some 150 KiB
 OBJECTS_BOUND: Final = Bound(64 << 10, objects=True)
 
 
@@ -103,13 +103,12 @@ def govern_session(session: Any, hosts: Mapping[str, Address]) -> None:
 
     Hosts of these names are reached through their vsock addresses.
     """
-    bounds = {"kms": KMS_BOUND, "s3": OBJECTS_BOUND}
 
     class Governed:
         """First base of the session's clients."""
 
         def __init__(self, serializer: object, endpoint: Any, *args: Any, **rest: Any) -> None:
-            bound = bounds.get(endpoint._endpoint_prefix, USUAL_BOUND)
+            bound = OBJECTS_BOUND if endpoint._endpoint_prefix == "s3" else USUAL_BOUND
             govern(endpoint.http_session, by_name(hosts), bound)
             super().__init__(serializer, endpoint, *args, **rest)  # type: ignore[call-arg]  # botocore's BaseClient
 
@@ -124,7 +123,7 @@ def by_name(hosts: Mapping[str, Address]) -> FindWay:
     return lambda host: to_vsock(hosts[host.lower()]) if host.lower() in hosts else None
 
 
-def govern(http_session: Any, find_way: FindWay, bound: Bound = KMS_BOUND) -> None:
+def govern(http_session: Any, find_way: FindWay, bound: Bound = USUAL_BOUND) -> None:
     """Bound what a botocore URLLib3Session receives, and let it take these ways, proxies or not.
 
     May be called again: the first bound holds, and the last ways come first. Connections that are
@@ -144,10 +143,10 @@ def govern(http_session: Any, find_way: FindWay, bound: Bound = KMS_BOUND) -> No
 
 
 def bound_answers(http_session: Any) -> None:
-    """Bound what a botocore URLLib3Session receives, unless that is done already."""
+    """Bound what the URLLib3Session of somebody's KMS client receives, unless that is done."""
     pools = http_session._manager.pool_classes_by_scheme
     if not all(issubclass(pool.ConnectionCls, _Governed) for pool in pools.values()):
-        govern(http_session, _no_way)
+        govern(http_session, _no_way, FOREIGN_BOUND)
 
 
 def bound_object(response: Any, limit: int) -> None:

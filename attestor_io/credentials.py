@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attestor_io import kms_errors, metadata
 from attestor_io.deadline import Deadline
-from attestor_io.errors import AttestorError, RefusedError, UnreachableError
+from attestor_io.errors import (
+    AttestorError,
+    NotAuthenticError,
+    RefusedError,
+    UnreachableError,
+)
 from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
@@ -79,19 +84,23 @@ def _not_reached(error: AttestorError) -> UnreachableError:
     return UnreachableError(f"AWS credentials cannot be fetched: {error}", *hints)
 
 
-def _translated(error: Exception) -> AttestorError:
+def _translated(error: Exception) -> AttestorError:  # noqa: PLR0911 - a table
     """What one of the chain's sources raised, STS among them."""
     from botocore import exceptions as sdk
 
     if kms_errors.is_of_expired_credentials(error):
         return missing(str(error), kms_errors.EXPIRED_HINT)
-    ours = kms_errors.translate(error, "give credentials", "the source of credentials")
     if isinstance(error, OSError) and error.filename and not isinstance(error, sdk.BotoCoreError):
         return missing(f"token file {error.filename} cannot be read: {error.strerror}")
+    if kms_errors.is_unreadable(error) and not isinstance(error, sdk.BotoCoreError):
+        if isinstance(error, ValueError):  # of a file or a variable: answers raise others
+            return missing(f"they cannot be read ({type(error).__name__})")
+        return _not_reached(UnreachableError("answer of their source cannot be read"))
+    ours = kms_errors.translate(error, "give credentials", "their source")
     if isinstance(ours, UnreachableError):
         return _not_reached(ours)
-    if kms_errors.is_unreadable(error):
-        return _not_reached(UnreachableError("their source gives what cannot be read"))
+    if isinstance(ours, NotAuthenticError):
+        return NotAuthenticError(f"AWS credentials cannot be fetched: {ours}", *ours.hints)
     if isinstance(error, sdk.ClientError | sdk.BotoCoreError) and isinstance(ours, RefusedError):
         return missing(kms_errors.cut(str(error)))
     return ours or missing(f"they cannot be read ({type(error).__name__})")
@@ -171,8 +180,7 @@ class _ContainerFetcher:
         from attestor_io import connections
 
         http_session = URLLib3Session(timeout=_ANSWER_SECONDS)
-        ways = connections.by_name(self._hosts)
-        connections.govern(http_session, ways, connections.USUAL_BOUND)
+        connections.govern(http_session, connections.by_name(self._hosts))
         request = AWSRequest("GET", url, {"Accept": "application/json", **headers})
         try:
             answer = http_session.send(request.prepare())

@@ -53,23 +53,23 @@ ENDLESS: Final[dict[str, Answer]] = {
     "an error's body": without_end(FAILED + b"\r\n", b"x"),
 }
 JSON: Final[dict[str, Answer]] = {
-    "deep": whole(b"[" * 100_000),
-    "deep objects": whole(b'{"a":' * 100_000),
+    "deep": whole(b"[" * 60_000),
+    "deep objects": whole(b'{"a":' * 12_000),
     "deep error": whole(b"[" * 60_000, "400 Bad Request"),
-    "wide": whole(b"[" + b"[]," * 170_000 + b"[]]"),
-    "wide objects": whole(b"[" + b'{"":{}},' * 60_000 + b"{}]"),
-    "a number": whole(b'{"KeyId":' + b"9" * 100_000 + b"}"),
+    "wide": whole(b"[" + b"[]," * 21_000 + b"[]]"),
+    "wide objects": whole(b"[" + b'{"":{}},' * 8_000 + b"{}]"),
+    "a number": whole(b'{"KeyId":' + b"9" * 60_000 + b"}"),
     "not JSON": whole(b"\xff\xfe"),
     "a list": whole(b"[]"),
     "another type": whole(b'{"Plaintext": 1, "CiphertextForRecipient": [1]}'),
 }
 XML: Final[dict[str, Answer]] = {
-    "deep": whole(b"<a>" * 100_000, "400 Bad Request"),
-    "deep and closed": whole(b"<a>" * 70_000 + b"</a>" * 70_000, "400 Bad Request"),
-    "wide": whole(b"<a>" + b"<b/>" * 120_000 + b"</a>", "400 Bad Request"),
-    "attributes": whole(b"<a>" + b'<b c="d"/>' * 50_000 + b"</a>", "400 Bad Request"),
+    "too long": whole(b"<a>" * 100_000, "400 Bad Request"),
+    "deep": whole(b"<a>" * 21_000, "400 Bad Request"),
+    "deep and closed": whole(b"<a>" * 9_000 + b"</a>" * 9_000, "400 Bad Request"),
+    "attributes": whole(b"<a>" + b'<b c="d"/>' * 6_000 + b"</a>", "400 Bad Request"),
     "entities": whole(
-        b'<!DOCTYPE a [<!ENTITY a "%s">' % (b"x" * 100_000)
+        b'<!DOCTYPE a [<!ENTITY a "%s">' % (b"x" * 60_000)
         + b"".join(b'<!ENTITY %c "%s">' % (97 + n, b"&%c;" % (96 + n) * 10) for n in range(1, 9))
         + b"]><Error><Code>x</Code><Message>&i;</Message></Error>",
         "400 Bad Request",
@@ -150,11 +150,11 @@ def test_kms_deep_and_wide(enclave: Enclave, name: str) -> None:
 def test_a_slow_kms(enclave: Enclave) -> None:
     run = decrypt(enclave, dripping(CHUNKED + b"9"), "--timeout", "2")
     check(enclave, run, 5)
-    assert run.error == "no answer of KMS within 2 seconds"
+    assert run.error.endswith("within 2 seconds")
 
 
 def test_a_text_of_kms_is_shown_in_part(enclave: Enclave) -> None:
-    body = json.dumps({"__type": "X" * 50_000, "message": "y" * 50_000}).encode()
+    body = json.dumps({"__type": "X" * 9_000, "message": "y" * 50_000}).encode()
     run = decrypt(enclave, whole(body, "400 Bad Request"))
     check(enclave, run, 4)
     assert "(50000 characters)" in run.error
@@ -214,7 +214,7 @@ def test_a_source_without_end(enclave: Enclave, name: str, source: str) -> None:
     check(enclave, run, 2 if "longer than 100000 bytes" in run.err or "400" in run.err else 5)
 
 
-@pytest.mark.parametrize("name", ["deep", "attributes", "entities", "not XML"])
+@pytest.mark.parametrize("name", ["too long", "deep and closed", "entities"])
 def test_an_error_of_s3_deep_and_wide(enclave: Enclave, name: str) -> None:
     check(enclave, inject(enclave, XML[name]), 2, 5)
 
@@ -266,6 +266,7 @@ def test_credentials_in_an_error_of_s3(enclave: Enclave) -> None:
 def fetch(enclave: Enclave, answer: Answer, variables: dict[str, str | None], tls: bool) -> Run:
     """Decrypt with a hostile source of credentials at the URL that {} stands for."""
     enclave.place(enclave.encrypt())
+    enclave.place(b"the.jwt", "token")
     with Server(answer, NAMES if tls else None) as server:
         named = {name: value and value.format(server.url) for name, value in variables.items()}
         if tls:
@@ -294,7 +295,7 @@ INSTANCE: Final[dict[str, str | None]] = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "
 CONTAINER: Final[dict[str, str | None]] = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "{}/it?x=1"}
 WEB: Final[dict[str, str | None]] = {
     "AWS_ENDPOINT_URL_STS": "{}",
-    "AWS_WEB_IDENTITY_TOKEN_FILE": "blob",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "token",
     "AWS_ROLE_ARN": "arn:aws:iam::111122223333:role/r",
 }
 
@@ -325,7 +326,7 @@ def test_every_answer_of_a_container(name: str, monkeypatch: pytest.MonkeyPatch)
     assert server.url in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["chunks", "deep", "entities"])
+@pytest.mark.parametrize("name", ["chunks", "deep and closed", "entities"])
 def test_sts(enclave: Enclave, name: str) -> None:
     run = fetch(enclave, {**ENDLESS, **XML}[name], WEB, tls=True)
     check(enclave, run, 4, 5)

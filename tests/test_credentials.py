@@ -369,7 +369,7 @@ def test_an_sts_that_is_not_there(enclave: Enclave) -> None:
 def test_an_sts_that_somebody_else_is(enclave: Enclave) -> None:
     run = web(enclave, says(b""), AWS_CA_BUNDLE=enclave.environment["AWS_CA_BUNDLE"])
     assert run.status == 6, run.err
-    assert "certificate of the source of credentials is not valid" in run.error
+    assert f"{UNFETCHED}: certificate of their source is not valid" in run.error
 
 
 # -- through vsock
