@@ -1180,7 +1180,7 @@ FURTHER_COMMANDS: Final = {
 }
 """The commands of the rooms above this script, by name: module and object."""
 
-_DECRYPT_MESSAGE: Final = "attestor_commands.esdk:decrypt_into"
+DECRYPT_MESSAGE: Final = "attestor_commands.esdk:decrypt_into"
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -1248,7 +1248,7 @@ def decrypt(
         bound = Binding(key_id, encryption_context, grant_tokens, context_contains)
         if isinstance(blob, Message):
             what = "a message of the AWS Encryption SDK"
-            load(_DECRYPT_MESSAGE, what)(target, kms, blob, bound, signed=signed)
+            load(DECRYPT_MESSAGE, what)(target, kms, blob, bound, signed=signed)
         else:
             decrypt_into(target, kms, blob, bound, algorithm)
 

@@ -1,4 +1,4 @@
-"""The last check of `attestor doctor`: decrypt's own call of KMS, as a dry run.
+"""The last check of `attestor doctor`: what decrypt does with a ciphertext, as a dry run.
 
 KMS answers a dry run that would succeed with DryRunOperationException, and any other as it would
 answer the call itself (KMS API reference, Decrypt, DryRun).
@@ -6,6 +6,7 @@ answer the call itself (KMS API reference, Decrypt, DryRun).
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import attestor
@@ -13,7 +14,8 @@ from attestor_io.errors import AttestorError, InputError, NotAuthenticError, Ref
 from attestor_io.reading import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
 
 _WOULD_DECRYPT = "KMS would decrypt for this enclave (a dry run)"
 
@@ -26,6 +28,44 @@ class _SuccessError(AttestorError):
     """KMS would decrypt. An error of ours, so that whoever reads a message hands it on."""
 
 
+class _DryRun(attestor.Kms):
+    """KMS as decrypt meets it, but for its answer."""
+
+    def call(self, operation: str, **parameters: object) -> dict[str, Any]:
+        """Call as a dry run; raises _SuccessError if KMS would do it, and decrypt's errors.
+
+        A KMS that knows no dry run answers as ever.
+        """
+        try:
+            # not super(): a dataclass with slots is another class than its methods were written in
+            return attestor.Kms.call(self, operation, DryRun=True, **parameters)
+        except RefusedError as error:
+            if _code(error) == "DryRunOperationException":
+                raise _SuccessError(_WOULD_DECRYPT) from error
+            raise
+
+
+class _Nowhere:
+    """A target that keeps nothing."""
+
+    def append(self, data: bytes) -> None:
+        """Forget it."""
+
+    def place(self) -> None:
+        """There is nothing to place."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
 def dry_run(
     kms: attestor.Kms,
     blob: bytes | Message | None,
@@ -34,50 +74,39 @@ def dry_run(
     *,
     document_holds: bool = True,
 ) -> tuple[str, str]:
-    """Ask KMS whether it would decrypt, as `attestor decrypt` asks it to.
+    """Let decrypt's own code ask KMS whether it would decrypt.
 
     Without a ciphertext KMS is asked about the key that `bound` names. `document_holds` tells
     whether our attestation document is one that KMS takes, as far as we can judge. Returns what KMS
     said and, where that is a warning, what to do; raises decrypt's errors, and NoVerdict.
     """
-    parameters = {**bound.parameters(), **attestor.drop_unset(EncryptionAlgorithm=algorithm)}
+    rehearsal = _DryRun(*(getattr(kms, one.name) for one in fields(kms)))
     try:
         if isinstance(blob, Message):
             what = "a message of the AWS Encryption SDK"
-            decrypt = attestor.load("attestor_commands.esdk:decrypt", what)
-            decrypt(blob, lambda _: None, lambda asked: _ask(kms, asked), bound)
+            decrypt_into = attestor.load(attestor.DECRYPT_MESSAGE, what)
+            decrypt_into(_Nowhere(), rehearsal, blob, bound, signed=False)
         elif blob:
-            _ask(kms, {"CiphertextBlob": blob, **parameters})
+            attestor.decrypt_into(_Nowhere(), rehearsal, blob, bound, algorithm)
         else:
-            _ask_about_key(kms, parameters, document_holds=document_holds)
+            _ask_about_key(rehearsal, bound, algorithm, document_holds=document_holds)
     except _SuccessError:
         return _WOULD_DECRYPT, ""
     reason = "KMS decrypted instead of a dry run; the plaintext is forgotten"
     return reason, "is this endpoint AWS KMS?"
 
 
-def _ask(kms: attestor.Kms, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Decrypt as a dry run; raises _SuccessError if KMS would. What knows no dry run answers."""
-    try:
-        return kms.call("decrypt", DryRun=True, **parameters)
-    except RefusedError as error:
-        if _code(error) == "DryRunOperationException":
-            raise _SuccessError(_WOULD_DECRYPT) from error
-        raise
-
-
 def _ask_about_key(
-    kms: attestor.Kms, parameters: Mapping[str, Any], *, document_holds: bool
+    kms: _DryRun, bound: attestor.Binding, algorithm: str | None, *, document_holds: bool
 ) -> None:
     """Decrypt without a ciphertext, which AWS KMS knows since 2025, and others may not."""
+    parameters = {**bound.parameters(), **attestor.drop_unset(EncryptionAlgorithm=algorithm)}
     try:
-        _ask(kms, {"DryRunModifiers": ["IGNORE_CIPHERTEXT"], **parameters})
+        kms.call("decrypt", DryRunModifiers=["IGNORE_CIPHERTEXT"], **parameters)
     except RefusedError as error:
         # what does not know the modifier misses a ciphertext; a document is refused alike
-        lacks = {"InvalidCiphertextException"} | (
-            {"ValidationException"} if document_holds else set()
-        )
-        if _code(error) not in lacks:
+        lacking = {"InvalidCiphertextException", *(["ValidationException"] * document_holds)}
+        if _code(error) not in lacking:
             raise
         raise NoVerdict(_without_modifier(f"this KMS ({_code(error)})")) from error
     except InputError as error:

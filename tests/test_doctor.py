@@ -291,7 +291,7 @@ def refuse(proxy: socket.socket, count: int) -> None:
 
 
 def test_a_vsock_that_leads_nowhere(enclave: Enclave) -> None:
-    found = examine(enclave, "--vsock", "3:9", "--timeout", "5")
+    found = examine(enclave, "--vsock", "3:9")
     broken(found, 5, "tcp", "no connection to vsock 3:9")
     assert "vsock 3:9 carries the connection" in found[1]["name"]["reason"]
 
@@ -416,6 +416,7 @@ def call(monkeypatch: pytest.MonkeyPatch, result: Exception | dict[str, Any]) ->
 
 def test_a_kms_that_ignores_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a ciphertext it has done what decrypt does; without one it has made something up."""
+    monkeypatch.setattr(attestor, "process_recipient", Recipient)
     call(monkeypatch, {"Plaintext": b"x"})
     reason, fix = dry_run(KMS, b"blob", attestor.Binding(None), None)
     assert (reason.startswith("KMS decrypted"), fix) == (True, "is this endpoint AWS KMS?")
@@ -428,6 +429,7 @@ def test_a_kms_that_knows_no_dry_run_without_a_ciphertext(
     monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """It misses the ciphertext: nothing is known of it, and it is not called damaged."""
+    monkeypatch.setattr(attestor, "process_recipient", Recipient)
     call(monkeypatch, answer(code))
     with pytest.raises(NoVerdict, match="name one as CIPHERTEXT"):
         dry_run(KMS, None, BY_KEY, None)

@@ -306,7 +306,7 @@ def test_a_command_that_is_not_there_names_its_package(
     assert (run.status, run.out) == (2, b"")
     missing = f"the command {command[0]} needs attestor_commands, which is not installed"
     assert run.error == missing
-    assert f"attestor: hint: the package {OURS} brings it" in run.err
+    assert f"checkout of {OURS} brings it" in run.err
 
 
 def test_a_message_of_the_encryption_sdk_names_its_package(bare_script: Script) -> None:
@@ -315,7 +315,7 @@ def test_a_message_of_the_encryption_sdk_names_its_package(bare_script: Script) 
     assert (run.status, run.out) == (2, b"")
     needed = "needs attestor_commands, which is not installed"
     assert run.error == f"a message of the AWS Encryption SDK {needed}"
-    assert f"attestor: hint: the package {OURS} brings it" in run.err
+    assert f"checkout of {OURS} brings it" in run.err
     assert bare_script.new_files() == {"blob"}
 
 
