@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from attestor_io.errors import InputError
+from attestor_io.text_options import complete_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,18 +36,24 @@ _VARIABLES: Final = {
 }
 
 
-def _option(name: str, metavar: str, said: str) -> Callable[[Callable[..., Any]], Any]:
+def _option(name: str, metavar: str, said: str, **more: Any) -> Callable[[Callable[..., Any]], Any]:
     return click.option(
         name,
         metavar=metavar,
         callback=_hand_on,
         expose_value=False,
         help=f"{said}  [env: {_VARIABLES[name]}]",
+        **more,
     )
 
 
 SOURCE_OPTIONS: Final[Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    "source": _option("--source", "SOURCE", "auto, nsm (an enclave) or nitrotpm (an EC2 instance)"),
+    "source": _option(
+        "--source",
+        "SOURCE",
+        "auto, nsm (an enclave) or nitrotpm (an EC2 instance)",
+        shell_complete=complete_from(_SOURCES),
+    ),
     "nsm_library": _option("--nsm-library", "FILE", "patched libnsm.so, which must work"),
     "tpm": _option("--tpm", "FILE", "device of the NitroTPM, such as /dev/tpm0"),
 }

@@ -12,12 +12,12 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ROOMS: Final = ("attestor.py", "attestor_io", "attestor_commands", "keypolicy")
+_ROOMS: Final = ("attestor.py", "attestor_io", "attestor_commands", "keypolicy", "nsm")
 _ERRORS: Final = frozenset(
     "InputError ModuleError RefusedError UnreachableError NotAuthenticError OutputError "
     "PolicyError Finding _no_credentials _unwritable nearest _fail".split()
 )
-_CONSTANTS: Final = ("HINT", "_NO_ENCLAVE", "_NOT_PERMITTED", "_NOT_BASE64", "_ENABLE")
+_CONSTANTS: Final = ("HINT", "_NOWHERE", "_NOT_PERMITTED", "_NOT_BASE64", "_ENABLE")
 _OTHER: Final = ("keypolicy/check.py",)  # its findings are no errors of ours
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -181,6 +181,12 @@ NOTHING_TO_RUN: Final = {
          "take a client of botocore, and call it by asyncio.to_thread",
          "is vsock-proxy running on the parent, and does it allow this endpoint?",
          "this is a bug in attestor: please report it"),
+        ("a TPM that others use is in tests/test_tpm.py alone",
+         "--tpm /dev/tpm0 goes around the kernel's resource manager",
+         "the TPM is locked for a while: tpm2_dictionarylockout --clear-lockout unlocks it",
+         "the owner of this TPM has set a password, but an empty one is used here",
+         "indexes of other programs fill the TPM: tpm2_nvundefine removes one",
+         "an EC2 instance has one if its image was registered with TPM support v2.0"),
         ("the AWS CLI is not here",
          "aws kms ... --query CiphertextBlob --output text | base64 -d prints the bytes",
          "aws kms get-key-policy --key-id KEY --query Policy --output text prints the policy",
@@ -340,6 +346,11 @@ def fill_manifests(enclave: Enclave) -> None:
         "open-said": (pinned, f"{folder}/blob", f'{unbound}\nmode = "0644"\nworld_readable = true'),
         "variable": (f'{pinned}\n[variables]\nN = "[a-z0-9]+"', "${N}://bucket/key", unbound),
         "variable-said": (f'{pinned}\n[variables]\nN = "[a-z]+"', f"{folder}/${{N}}", unbound),
+        "node": (
+            f'{pinned}\n[variables]\nNODE = "[0-9]"',
+            f"{folder}/bound",
+            'context = { node = "${NODE}", app = "x" }',
+        ),
         "rsa": ("", f"{folder}/sealed", asymmetric),
         "rsa-said": ("", f"{folder}/sealed", f"{asymmetric}\n{unbound}"),
     }
@@ -416,6 +427,14 @@ def test_from_a_refusal_to_doctor(enclave: Enclave) -> None:
     doctor = enclave.attestor("doctor", "blob", environment=wrong)
     assert doctor.status == run.status == 4
     assert b"attestor doctor" not in doctor.out  # which is what runs
+
+
+def test_a_wrong_context_in_a_manifest_is_explained_in_its_words(prompt: Prompt) -> None:
+    """inject has no --context: its values come from --set, or from the instance's tag."""
+    run = prompt.run("inject -f --set NODE=4 node.toml")
+    assert run.status == 4, run.err
+    assert "or context in the manifest and the variables in it" in run.err
+    assert prompt.run("inject -f --set NODE=3 node.toml").status == 0
 
 
 def test_an_endpoint_of_another_region_does_not_blame_the_secret_key(enclave: Enclave) -> None:

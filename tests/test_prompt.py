@@ -44,6 +44,7 @@ def complete(enclave: Enclave, program: str, *words: str) -> list[tuple[str, str
         (("generate-data-key", "--spec", "AES"), ["AES_256", "AES_128"]),
         (("generate-data-key-pair", "--spec", "SM"), ["SM2"]),
         (("metadata", "pl"), ["placement/region"]),
+        (("decrypt", "--source", "n"), ["nsm", "nitrotpm"]),
         (("gen",), ["generate-data-key", "generate-data-key-pair", "generate-random"]),
         (("policy", "ch"), ["check"]),
         (("encrypt", "--format", "e"), ["esdk"]),
