@@ -272,6 +272,7 @@ def _endpoint(case: Case) -> Finding:
         import botocore.session
 
         case.session = botocore.session.Session()
+        case.kms.prepare(case.session)
         case.session.set_credentials("none", "none")
     case.client = case.kms.client(case.session)
     return Finding(without_query(case.client.meta.endpoint_url))
