@@ -606,7 +606,8 @@ def _require_authenticated(endpoint: Any) -> None:
     answer from the parent's.
     """
     if not endpoint.host.lower().startswith("https://"):
-        raise InputError(f"endpoint {endpoint.host} is not https", names.TLS_HINT)
+        reason = f"endpoint {endpoint.host} is not https"
+        raise InputError(reason, names.ENDPOINT_HINT, names.TLS_HINT)
     if not endpoint.http_session._verify:
         raise InputError("the client was made with verify=False", names.TLS_HINT)
     if endpoint.http_session._proxy_config.settings.get("proxy_use_forwarding_for_https"):
@@ -802,7 +803,7 @@ def _configuration_errors_translated() -> Iterator[None]:
     except Exception as error:
         harmless = isinstance(error, sdk.BotoCoreError | ValueError)
         reason = f"client of KMS cannot be made: {error if harmless else type(error).__name__}"
-        raise InputError(reason, "environment or configuration is wrong") from error
+        raise InputError(reason, "a variable AWS_... or a profile says so") from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ _MULTI_REGION: Final = re.compile(
 )
 _ENDPOINT: Final = re.compile(r"https://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?", re.IGNORECASE)
 
+ENDPOINT_HINT: Final = (
+    "an option, AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL or endpoint_url of a profile names it"
+)
 TLS_HINT: Final = "TLS is what authenticates the answer of KMS"
 
 
