@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from attestor import drop_unset
@@ -123,7 +123,7 @@ class _DecryptionMaterials:
     """
 
     verification_key: bytes | None
-    data_key: DataKey
+    data_key: DataKey = field(repr=False)
     encryption_context: Mapping[str, str]
     required_encryption_context_keys: tuple[str, ...]
 
@@ -226,8 +226,15 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
         """What to say of a message with data keys of KMS under these ARNs, or under none."""
         pinned = is_pinned(self._bound.key_id)
         wanted = f"key {self._bound.key_id}" if pinned else f"any key of KMS in {self._region}"
-        refusal = RefusedError(f"message of the AWS Encryption SDK has no data key under {wanted}")
-        refusal.notes = tuple(f"it has one under {arn}" for arn in sorted(set(arns)))
+        found = sorted(set(arns))
+        hints = [
+            f"--region {key_arn_region(arn)}, or region in a manifest, asks where that key is"
+            for arn in found
+            if self._is_ours(arn)  # and so elsewhere
+        ]
+        reason = f"message of the AWS Encryption SDK has no data key under {wanted}"
+        refusal = RefusedError(reason, *hints[:1])
+        refusal.notes = tuple(f"it has one under {arn}" for arn in found)
         return refusal
 
     def _ask_for(self, wrapped: Any, arn: str, context: Mapping[str, str], length: int) -> DataKey:

@@ -125,8 +125,9 @@ def test_but_for_the_region_the_arn_must_be_equal(claimed: str) -> None:
     """The parent chooses the message, and with it what it says of its keys."""
     kms = Kms(arn())
     made = sealed(Wrapping(kms, claimed))
-    with pytest.raises(RefusedError, match="no data key under"):
+    with pytest.raises(RefusedError, match="no data key under") as refused:
         opened(made, safe=kms, key_id=arn())
+    assert refused.value.hints == ()
     assert kms.asked == []
 
 
@@ -137,6 +138,7 @@ def test_a_bare_id_names_a_key_of_this_region_only() -> None:
     with pytest.raises(RefusedError, match="no data key under") as refused:
         opened(made, safe=kms, key_id=key)
     assert refused.value.notes == (f"it has one under {arn('us-east-1', key=key)}",)
+    assert refused.value.hints[0].startswith("--region us-east-1, or region in a manifest,")
     with pytest.raises(RefusedError, match="any key of KMS in eu-west-1"):
         opened(made, safe=kms, key_id=None)
     assert kms.asked == []
