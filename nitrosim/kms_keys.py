@@ -56,7 +56,8 @@ _MOTOS_OWN: Final = frozenset(
 
 class _Backend(KmsBackend):
     """moto's keys, the multi-Region ones with the ids of AWS: "mrk-" and 32 digits, not a UUID's
-    36 characters.
+    36 characters; and symmetric ones without the RSA key that moto makes for them as well, which
+    takes most of the simulator's start.
     """
 
     def create_key(
@@ -69,9 +70,12 @@ class _Backend(KmsBackend):
         multi_region: bool = False,
         origin: str = "AWS_KMS",
     ) -> Key:
-        key = super().create_key(
-            policy, key_usage, key_spec, description, None, multi_region, origin
-        )
+        symmetric = key_spec in {None, "", SYMMETRIC}
+        spec = "ECC_NIST_P256" if symmetric else key_spec  # the quickest to make
+        key = super().create_key(policy, key_usage, spec, description, None, multi_region, origin)
+        if symmetric:
+            key.key_spec = SYMMETRIC
+            key.private_key = None  # type: ignore[assignment]  # there is none
         if multi_region:
             del self.keys[key.id]
             key.id = f"mrk-{key.id.removeprefix('mrk-').replace('-', '')}"

@@ -344,6 +344,18 @@ def test_a_multi_region_key_has_an_id_as_aws_gives_it(fresh: Service) -> None:
         client.create_alias(AliasName="alias/none", TargetKeyId="mrk-" + 32 * "0")
 
 
+def test_a_symmetric_key_has_no_private_key(fresh: Service) -> None:
+    """Nor is one made for it, which takes longer than the rest of the simulator's start."""
+    client = fresh.client()
+    with refused("InvalidKeyUsageException"):
+        client.encrypt(KeyId=kms.ALIAS, Plaintext=SECRET, EncryptionAlgorithm="RSAES_OAEP_SHA_256")
+    with refused("ValidationException"):
+        client.get_public_key(KeyId=kms.ALIAS)
+    described = client.describe_key(KeyId=kms.ALIAS)["KeyMetadata"]
+    assert (described["KeySpec"], described["KeyUsage"]) == ("SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT")
+    assert fresh.app._keys.find(kms.ALIAS).private_key is None
+
+
 def test_two_simulators_share_no_key(fresh: Service, client: KMSClient) -> None:
     with refused("NotFoundException"):
         client.encrypt(KeyId=fresh.app.key_arn, Plaintext=SECRET)
