@@ -58,10 +58,10 @@ def merge(*parts: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
     return merged
 
 
-def parse_images(texts: Iterable[str]) -> list[dict[int, bytes]]:
+def parse_images(pcrs: Iterable[tuple[int, bytes]]) -> list[dict[int, bytes]]:
     """The PCRs of one image after the other: a PCR that is named again begins the next."""
     images: list[dict[int, bytes]] = []
-    for index, value in map(parse_pcr, texts):
+    for index, value in pcrs:
         if not images or index in images[-1]:
             images.append({})
         images[-1][index] = value

@@ -9,6 +9,7 @@ import click
 from attestor import say
 from attestor_commands.inputs import (
     JSON_OPTION,
+    NITROTPM_PCR_OPTION,
     PCR_OPTION,
     ROOT_OPTION,
     evidence_errors,
@@ -22,13 +23,16 @@ from attestor_io.text_options import parse_context
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from keypolicy import Measured, Source
+
 UNDETERMINED: Final = 8  # exit status of explain where the key policy alone cannot tell
-_TAKEN: Final = (0, 1, 2, 8)  # what tells images apart, and `nitro-cli` prints
+# what tells images apart, and `nitro-cli`, or `nitro-tpm-pcr-compute`, prints
+_TAKEN: Final = {"enclave": (0, 1, 2, 8), "nitrotpm": (4, 12)}
 
 
 @click.group()
 def policy() -> None:
-    """Write, check and explain key policies that ask for attested enclaves."""
+    """Write, check and explain key policies that ask for attested enclaves, or instances."""
 
 
 @policy.command()
@@ -64,11 +68,12 @@ def policy() -> None:
     help="what an enclave may do, repeatable  [default: kms:Decrypt]",
 )
 @PCR_OPTION
+@NITROTPM_PCR_OPTION
 @click.option(
     "--measurements",
     metavar="FILE",
     multiple=True,
-    help="an image, as nitro-cli printed it, repeatable",
+    help="an image, as nitro-cli or nitro-tpm-pcr-compute printed it, repeatable",
 )
 @click.option(
     "--document",
@@ -82,7 +87,8 @@ def policy() -> None:
     metavar="N",
     multiple=True,
     type=click.IntRange(0, 31),
-    help="PCR to take from those, repeatable  [default: which of 0, 1, 2 and 8 are there]",
+    help="PCR to take from those, repeatable  [default: which of 0, 1, 2 and 8 are there; "
+    "of a NitroTPM 4 and 12]",
 )
 @click.option("--role-arn", metavar="ARN", help="computes PCR3")
 @click.option("--instance-id", metavar="ID", help="computes PCR4")
@@ -103,7 +109,8 @@ def render(
     binds: tuple[str, ...],
     **sources: Any,
 ) -> None:
-    """Write a key policy that gives plaintexts to attested enclaves only.
+    """Write a key policy that gives plaintexts to attested enclaves (or instances with a NitroTPM)
+    only.
 
     \b
     Examples:
@@ -113,18 +120,21 @@ def render(
 
     A PCR that is named again begins another image, for a roll-over. PCR8 survives new builds, but
     admits every older image signed with that certificate; PCR0, or PCR1 with PCR2, must be renewed
-    at each build; the other PCRs alone tell no image from another and are refused. Documents are
+    at each build; the other PCRs alone tell no image from another and are refused. Of a NitroTPM,
+    PCR4 with PCR12 is one build, PCR7 what these Secure Boot keys have signed. Documents are
     verified at their own timestamp.
     """
     import keypolicy
 
     with evidence_errors():
+        source, images = _images(sources)
         rendered = keypolicy.render(
+            source=source,
             principals=principals,
             admins=admins,
             encryptors=encryptors,
             actions=actions,
-            images=_images(sources),
+            images=images,
             binds=[keypolicy.Bind.parse(text) for text in binds],
         )
     for warning in rendered.warnings:
@@ -132,12 +142,18 @@ def render(
     print_report(rendered.policy, lambda _: rendered.text, as_json=False)
 
 
-def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
-    """The PCRs of each image: those given, measured or attested, each with what is computed for all
-    of them.
+def _images(sources: Mapping[str, Any]) -> tuple[Source, list[dict[int, bytes]]]:
+    """Whose PCRs they are, and those of each image: given, measured or attested, each with what is
+    computed for all of them.
     """
     import keypolicy
-    from attestor_commands.arguments import merge, parse_certificate, parse_images
+    from attestor_commands.arguments import (
+        merge,
+        parse_certificate,
+        parse_images,
+        parse_nitrotpm_pcr,
+        parse_pcr,
+    )
 
     computed = {}
     if sources["role_arn"]:
@@ -147,32 +163,59 @@ def _images(sources: Mapping[str, Any]) -> list[dict[int, bytes]]:
     if sources["signing_certificate"]:
         der = parse_file(sources["signing_certificate"], parse_certificate)
         computed[8] = keypolicy.pcr_of_certificate(der)
-    measured = [
-        (path, parse_file(path, keypolicy.measurements)) for path in sources["measurements"]
-    ]
-    for path in sources["documents"]:
-        pcrs = _verified_at_its_time(path, sources["root"], allow_debug=False).document.pcrs
-        measured.append((path, {index: value for index, value in pcrs.items() if any(value)}))
+    measured = [(path, parse_file(path, keypolicy.measured)) for path in sources["measurements"]]
+    measured += [(path, _attested(path, sources["root"])) for path in sources["documents"]]
     if sources["take"] and not measured:
         raise InputError("--take needs --measurements or --document to take PCRs from")
-    taken = [_taken(path, pcrs, sources["take"]) for path, pcrs in measured]
-    images = parse_images(sources["pcrs"]) + taken
-    return [merge(image.items(), computed.items()) for image in images or [{}]]
+    given = {
+        "enclave": parse_images(map(parse_pcr, sources["pcrs"])),
+        "nitrotpm": parse_images(map(parse_nitrotpm_pcr, sources["nitrotpm_pcrs"])),
+    }
+    source = _only_kind(
+        {kind for kind, images in given.items() if images}
+        | {found.source for _, found in measured}
+        | ({"enclave"} if computed else set())
+    )
+    taken = [_taken(path, found, sources["take"]) for path, found in measured]
+    images = given[source] + taken
+    return source, [merge(image.items(), computed.items()) for image in images or [{}]]
 
 
-def _taken(path: str, pcrs: Mapping[int, bytes], asked: Sequence[int]) -> dict[int, bytes]:
+def _only_kind(kinds: set[str]) -> Source:
+    """The one kind of machine that PCRs are of; an enclave where there are none."""
+    if len(kinds) > 1:
+        raise InputError(
+            "PCRs of an enclave and of a NitroTPM in one policy: a guard of one kind denies the "
+            "other",
+            "use a key for each",
+        )
+    return "nitrotpm" if "nitrotpm" in kinds else "enclave"
+
+
+def _attested(path: str, root: str | None) -> Measured:
+    """The PCRs that an image attested, without those of an enclave that are zero."""
+    from keypolicy import Measured
+
+    document = _verified_at_its_time(path, root, allow_debug=False).document
+    if document.source == "nitrotpm":
+        return Measured("nitrotpm", dict(document.nitrotpm_pcrs))
+    return Measured("enclave", {n: value for n, value in document.pcrs.items() if any(value)})
+
+
+def _taken(path: str, measured: Measured, asked: Sequence[int]) -> dict[int, bytes]:
     """Take from one image the PCRs that are asked for, or those of the default that are there.
 
     One that is asked for and missing is an error: the policy would silently pin less.
     """
+    source, pcrs = measured
     missing = next((index for index in asked if index not in pcrs), None)
     if missing is not None:
-        unsigned = ": the image is not signed" if missing == 8 else ""
+        unsigned = ": the image is not signed" if missing == 8 and source == "enclave" else ""
         raise InputError(
             f"--take {missing}: {path} has no PCR{missing}{unsigned}",
             f"it has {', '.join(f'PCR{index}' for index in sorted(pcrs))}",
         )
-    return {index: pcrs[index] for index in asked or _TAKEN if index in pcrs}
+    return {index: pcrs[index] for index in asked or _TAKEN[source] if index in pcrs}
 
 
 def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> Any:
@@ -181,7 +224,7 @@ def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> 
 
     def verified(data: bytes) -> Any:
         parsed = AttestationDocument.parse(data)
-        expect = Expectations(allow_debug=allow_debug)
+        expect = Expectations(source=None, allow_debug=allow_debug)
         return verify(parsed, roots=trusted_roots(root), at=parsed.signed_at, expect=expect)
 
     return parse_file(path, verified, f"document {path}")
@@ -225,8 +268,11 @@ def _read_policy(path: str) -> Any:
     "--document", metavar="FILE", help="the attestation document that is sent  [default: none]"
 )
 @PCR_OPTION
+@NITROTPM_PCR_OPTION
 @click.option(
-    "--measurements", metavar="FILE", help="the PCRs of such a document, as nitro-cli printed them"
+    "--measurements",
+    metavar="FILE",
+    help="the PCRs of such a document, as nitro-cli or nitro-tpm-pcr-compute printed them",
 )
 @click.option(
     "--principal",
@@ -280,11 +326,13 @@ def explain(
     with evidence_errors():
         parsed = _read_policy(file)
         verified, pcrs = _asked_pcrs(action, sources)
+        of_source = dict([pcrs]) if pcrs else {}
         request = keypolicy.Request(
             principal=principal,
             action=action,
             resource=key_id or _some_key(parsed, principal),
-            pcrs=pcrs,
+            pcrs=of_source.get("enclave"),
+            nitrotpm_pcrs=of_source.get("nitrotpm"),
             more_pcrs=verified is None,
             context=encryption_context,
         )
@@ -297,14 +345,17 @@ def explain(
     return {"allowed": 0, "denied": RefusedError.status}.get(found.decision.value, UNDETERMINED)
 
 
-def _asked_pcrs(action: str, sources: Mapping[str, Any]) -> tuple[Any, dict[int, bytes] | None]:
+def _asked_pcrs(action: str, sources: Mapping[str, Any]) -> tuple[Any, Measured | None]:
     """The verified document if there is one, and the PCRs of the call, None without attestation."""
     import keypolicy
-    from attestor_commands.arguments import merge, parse_pcr
+    from attestor_commands.arguments import merge, parse_nitrotpm_pcr, parse_pcr
 
     document, measurements = sources["document"], sources["measurements"]
-    claimed = [parse_pcr(text) for text in sources["pcrs"]]
-    if document is None and measurements is None and not claimed:
+    claimed = {
+        "enclave": [parse_pcr(text) for text in sources["pcrs"]],
+        "nitrotpm": [parse_nitrotpm_pcr(text) for text in sources["nitrotpm_pcrs"]],
+    }
+    if document is None and measurements is None and not any(claimed.values()):
         return None, None
     # GenerateRandom takes one, too; no key policy is asked about it
     if action.lower() not in {known.lower() for known in keypolicy.RECIPIENT_ACTIONS}:
@@ -313,15 +364,29 @@ def _asked_pcrs(action: str, sources: Mapping[str, Any]) -> tuple[Any, dict[int,
             f"leave it out; {', '.join(keypolicy.RECIPIENT_ACTIONS)} carry one",
         )
     if document is None:
-        measured = parse_file(measurements, keypolicy.measurements) if measurements else {}
-        return None, merge(*([pair] for pair in claimed), measured.items())
-    if measurements is not None or claimed:
+        if measurements:
+            read = parse_file(measurements, keypolicy.measured)
+            claimed[read.source] += read.pcrs.items()
+        source = _only_document({kind for kind, pairs in claimed.items() if pairs})
+        return None, keypolicy.Measured(source, merge(claimed[source]))
+    if measurements is not None or any(claimed.values()):
         raise InputError(
             "--document tells every PCR: --pcr and --measurements contradict it or say the same",
             "leave out --document, or both of them",
         )
     verified = _verified_at_its_time(document, sources["root"], allow_debug=True)
-    return verified, dict(verified.document.pcrs)
+    found = verified.document
+    pcrs = found.pcrs if found.source == "enclave" else found.nitrotpm_pcrs
+    return verified, keypolicy.Measured(found.source, dict(pcrs))
+
+
+def _only_document(kinds: set[str]) -> Source:
+    if len(kinds) > 1:
+        raise InputError(
+            "PCRs of an enclave and of a NitroTPM are given, but a document has one kind",
+            "leave one of them out",
+        )
+    return "nitrotpm" if "nitrotpm" in kinds else "enclave"
 
 
 def _some_key(parsed: Any, principal: str) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attestor_commands.evidence_report import debug_text
+from attestor_commands.evidence_report import debug_mode_of, debug_text
 from attestor_commands.report import Object, age, field, utc, wrapped
 from keypolicy import NOT_EVALUATED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
     from keypolicy import Evaluation, Finding, Request, StatementFinding
@@ -58,11 +58,16 @@ def evaluation_object(
         "resource": request.resource,
         "context": dict(request.context),
         "document": _brief(verified, now) if verified else None,
-        "pcrs": {str(index): value.hex() for index, value in sorted((request.pcrs or {}).items())},
+        "pcrs": _in_hex(request.pcrs),
+        "nitrotpm_pcrs": _in_hex(request.nitrotpm_pcrs),
         "statements": [_statement_object(part) for part in found.statements],
         "undetermined": list(found.undetermined),
         "not_evaluated": list(NOT_EVALUATED),
     }
+
+
+def _in_hex(pcrs: Mapping[int, bytes] | None) -> Object:
+    return {str(index): value.hex() for index, value in sorted((pcrs or {}).items())}
 
 
 def _brief(verified: VerifiedDocument, now: datetime) -> Object:
@@ -71,7 +76,8 @@ def _brief(verified: VerifiedDocument, now: datetime) -> Object:
         "module_id": document.module_id,
         "signed_at": utc(document.signed_at),
         "age_seconds": round((now - document.signed_at).total_seconds()),
-        "debug_mode": document.debug_mode,
+        "source": document.source,
+        "debug_mode": debug_mode_of(document),
     }
 
 
@@ -101,8 +107,10 @@ def evaluation_text(report: Object) -> str:
     """The decision, then statement by statement which condition held, with both values."""
     document = report["document"]
     said = "none: a call without attestation"
-    if report["pcrs"]:
-        given = ", ".join(f"PCR{index}" for index in report["pcrs"])
+    names = [f"PCR{index}" for index in report["pcrs"]]
+    names += [f"NitroTPM PCR{index}" for index in report["nitrotpm_pcrs"]]
+    if names:
+        given = ", ".join(names)
         said = f"one with {given} as given, whose other PCRs are not known"
     if document:
         said = (
@@ -117,7 +125,7 @@ def evaluation_text(report: Object) -> str:
         *field("key", report["resource"]),
         *field("document", said),
     ]
-    if document:
+    if document and document["debug_mode"] is not None:
         lines += field("debug mode", debug_text(document["debug_mode"]))
     for statement in report["statements"]:
         lines += ["", *_statement_lines(statement)]

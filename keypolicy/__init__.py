@@ -33,7 +33,15 @@ from keypolicy.evaluate import (
 )
 from keypolicy.findings import RECIPIENT_ACTIONS, Finding
 from keypolicy.measure import measurements, pcr_of_certificate, pcr_of_instance, pcr_of_role
-from keypolicy.model import ATTESTATION, POLICY_MAX, Condition, Policy, PolicyError, Statement
+from keypolicy.model import (
+    ATTESTATION,
+    POLICY_MAX,
+    Condition,
+    Policy,
+    PolicyError,
+    Source,
+    Statement,
+)
 from keypolicy.nitrotpm import Measured, measured
 from keypolicy.render import Bind, Rendered, render
 
@@ -53,6 +61,7 @@ __all__ = [
     "PolicyError",
     "Rendered",
     "Request",
+    "Source",
     "Statement",
     "StatementFinding",
     "check",

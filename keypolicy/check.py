@@ -17,7 +17,14 @@ from keypolicy.findings import (
     Finding,
     Problem,
 )
-from keypolicy.keys import closest_key, is_about_document, is_about_enclave, is_known, pcr_index
+from keypolicy.keys import (
+    closest_key,
+    is_about_document,
+    is_about_enclave,
+    is_about_nitrotpm,
+    is_known,
+    pcr_index,
+)
 from keypolicy.measure import image_identity_problem
 from keypolicy.model import (
     KEY_POLICY_MAX,
@@ -28,6 +35,7 @@ from keypolicy.model import (
     mixed_partitions,
     pcr_condition_key,
 )
+from keypolicy.nitrotpm import IDENTITY_FIX, indistinct, machine_identity_problem
 from keypolicy.openings import Openings
 from keypolicy.operators import Operator, compare, covers_action, matches_wildcards
 from keypolicy.parents import Parents
@@ -68,6 +76,7 @@ def check(policy: Policy) -> tuple[Finding, ...]:
         for problem in _check_statement(statement, openings, parents)
     ]
     findings += [Finding("policy", *problem) for problem in _check_partitions(policy)]
+    findings += [Finding("policy", *problem) for problem in _check_guards(openings)]
     locked = any("kms:PutKeyPolicy" in found.problem for found in findings if found.code == _LOCKED)
     if not locked and not any(
         openings.opens(statement, "kms:PutKeyPolicy", openings.documents.none)
@@ -104,6 +113,35 @@ def _check_partitions(policy: Policy) -> Iterator[Problem]:
         yield Problem("partition", found, fix, warning=True)
 
 
+def _check_guards(openings: Openings) -> Iterator[Problem]:
+    """Find Denys of which some stop every document of an enclave, and some every one of a NitroTPM.
+
+    A guard denies where its key is absent: one for each kind leaves nobody.
+    """
+    known, statements = openings.documents, openings.policy.statements
+    for action in RECIPIENT_ACTIONS:
+        stops = [
+            [
+                deny
+                for deny in statements
+                if deny.effect == "Deny"
+                and openings.denies_everyone(deny, action, stopped)
+                and not openings.denies_everyone(deny, action, passed)
+            ]
+            for stopped, passed in (
+                (known.any_enclave, known.any_nitrotpm),
+                (known.any_nitrotpm, known.any_enclave),
+            )
+        ]
+        if all(stops):
+            problem = (
+                f"{stops[0][0].label} denies {action} with every document of an enclave, and "
+                f"{stops[1][0].label} with every document of a NitroTPM: nobody is left"
+            )
+            yield Problem("both_kinds", problem, "use a key for each kind")
+            return
+
+
 def _check_statement(
     statement: Statement, openings: Openings, parents: Parents
 ) -> Iterator[Problem]:
@@ -117,7 +155,7 @@ def _check_statement(
     if statement.effect == "Deny":
         yield from _check_deny(statement, openings)
         return
-    zeros = any(problem.code in ("zero_pcr", "pcr_pattern") for problem in values)
+    zeros = any(problem.code in ("zero_pcr", "pcr_pattern", "indistinct_pcr") for problem in values)
     found = tuple(_check_allow(statement, openings, zeros=zeros))
     yield from found
     yield from parents.check(statement, warn=not found)
@@ -183,7 +221,7 @@ def _check_operators(statement: Statement) -> Iterator[Problem]:
         if not operator.known:
             problem = f"{abbreviated(condition.operator)} is no condition operator"
             yield Problem("operator", problem, fix)
-        elif is_about_enclave(condition.key) and not fits:
+        elif is_about_document(condition.key) and not fits:
             problem = f"{condition.operator} does not compare strings, as {condition.key} is one"
             yield Problem("operator", problem, fix)
 
@@ -211,10 +249,14 @@ def _without_document(condition: Condition) -> bool | None:
 
 def _check_deny(statement: Statement, openings: Openings) -> Iterator[Problem]:
     """Find what is wrong with a Deny that is meant to keep out who brings no fitting document."""
-    attesting = [part for part in statement.conditions if is_about_enclave(part.key)]
+    attesting = [part for part in statement.conditions if is_about_document(part.key)]
     negated = [found for found in attesting if Operator.parse(found.operator).negated]
     # "Conditions with multiple context keys or values": several keys of a statement are ANDed
-    if len({pcr_index(condition.key) for condition in negated}) > 1:
+    # of each kind by itself: a document of one kind lacks the keys of the other
+    if any(
+        len({pcr_index(condition.key) for condition in negated if is_of_kind(condition.key)}) > 1
+        for is_of_kind in (is_about_enclave, is_about_nitrotpm)
+    ):
         keys = ", ".join(condition.key for condition in negated)
         problem = f"denies only where all of {keys} differ: one right value is enough to pass"
         yield Problem("deny_and", problem, "write one Deny statement per condition key")
@@ -241,6 +283,7 @@ def _check_allow(statement: Statement, openings: Openings, *, zeros: bool) -> It
     """
     if openings.rests_on_document(statement):
         yield from _check_attested_allow(statement)
+        yield from _check_kinds(statement, openings)
         if not zeros:
             yield from _check_image(statement, openings)
         return
@@ -259,7 +302,8 @@ def _check_allow(statement: Statement, openings: Openings, *, zeros: bool) -> It
 
 def _check_account(statement: Statement, openings: Openings) -> Iterator[Problem]:
     """Find what an Allow of everything for the account leaves to identity policies."""
-    brought = (openings.documents.none, *openings.documents.foreign)
+    known = openings.documents
+    brought = (known.none, *known.foreign, *known.foreign_machines)
     for actions, documents in (
         (PLAINTEXT_ACTIONS, brought),
         ((REWRITING, *_DETOURS), brought[:1]),
@@ -325,11 +369,34 @@ def _check_image(statement: Statement, openings: Openings) -> Iterator[Problem]:
         problem = f"allows {', '.join(opened)} to images that it does not name: {why}"
         yield Problem("any_image", problem, "add PCR0, PCR8, or PCR1 together with PCR2")
         return
-    opened = _opened_by(statement, openings, known.nitrotpm)
+    opened = _opened_by(statement, openings, *known.foreign_machines)
     if opened:
-        problem = f"allows {', '.join(opened)} with a document of a NitroTPM, not of an enclave"
-        fix = "make sure by other means which images its PCRs admit: they are not examined here"
-        yield Problem("nitrotpm", problem, fix, warning=True)
+        why = machine_identity_problem(_pinned_of_nitrotpm(statement))
+        why = why or "its conditions fit more than one machine image"
+        problem = f"allows {', '.join(opened)} to machine images that it does not name: {why}"
+        yield Problem("any_machine_image", problem, IDENTITY_FIX)
+
+
+def _pinned_of_nitrotpm(statement: Statement) -> Iterator[int]:
+    """Yield the PCRs of a NitroTPM that a statement asks for with values that say something."""
+    for condition in statement.conditions:
+        index = pcr_index(condition.key)
+        asked = is_about_nitrotpm(condition.key) and (
+            Operator.parse(condition.operator).name != "null"
+        )
+        if asked and not any(indistinct(index, value) for value in condition.values):
+            yield index
+
+
+def _check_kinds(statement: Statement, openings: Openings) -> Iterator[Problem]:
+    """Find an Allow that no document can meet, because it asks for PCRs of both kinds."""
+    known = openings.documents
+    if all(
+        openings.rests_on_document(statement, lacking)
+        for lacking in (known.any_enclave, known.any_nitrotpm)
+    ):
+        problem = "asks for PCRs of an enclave and of a NitroTPM, but no document has both"
+        yield Problem("both_kinds", problem, "write a statement for each kind")
 
 
 def _opened_by(statement: Statement, openings: Openings, *brought: Document) -> list[str]:

@@ -12,7 +12,12 @@ import difflib
 import re
 from typing import Final
 
-from keypolicy.model import ATTESTATION, ENCRYPTION_CONTEXT, pcr_condition_key
+from keypolicy.model import (
+    ATTESTATION,
+    ENCRYPTION_CONTEXT,
+    nitrotpm_condition_key,
+    pcr_condition_key,
+)
 
 KMS_CONDITION_KEYS: Final = tuple(
     f"kms:{name}"
@@ -70,9 +75,9 @@ def is_about_context(key: str) -> bool:
 
 
 def pcr_index(key: str) -> int:
-    """Return which PCR a key of an enclave's document is about; ImageSha384 is PCR0."""
-    digits = key.lower().removeprefix(f"{ATTESTATION}PCR".lower())
-    return int(digits) if digits.isdecimal() else 0
+    """Return which PCR a key of a document is about; ImageSha384 is PCR0."""
+    found = re.search(r"pcr(\d+)$", key.lower())
+    return int(found[1]) if found else 0
 
 
 def is_known(key: str) -> bool:
@@ -97,6 +102,8 @@ def closest_key(key: str) -> str | None:
     # Before likeness, which does not know that the number has to stay.
     # The end is enough, and bounds the search in a key that is as long as the policy.
     pcr = re.search(r"pcr[^0-9]*0*([0-9]|[12][0-9]|3[01])$", key.lower()[-32:])
+    if pcr and "tpm" in key.lower()[-40:] and int(pcr[1]) <= 23:
+        return nitrotpm_condition_key(int(pcr[1]))
     if pcr:
         return pcr_condition_key(int(pcr[1]))
     known = (*KMS_CONDITION_KEYS, f"{ATTESTATION}ImageSha384", pcr_condition_key(0))

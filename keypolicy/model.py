@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +42,9 @@ class PolicyError(Exception):
         super().__init__(message)
         self.hints = hints
 
+
+Source = Literal["enclave", "nitrotpm"]
+"""Whose attestation document: an enclave's, or that of the NitroTPM of an EC2 instance."""
 
 # ---- condition keys
 

@@ -12,14 +12,15 @@ import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from keypolicy.callers import CALLER_KEYS, Caller, Principals
-from keypolicy.evaluate import KnownValues, judge_condition, values_of_pcrs
+from keypolicy.evaluate import KnownValues, judge_condition, values_of_nitrotpm, values_of_pcrs
 from keypolicy.keys import is_about_document, is_about_enclave, is_about_nitrotpm
 from keypolicy.measure import PCR_BYTES
 from keypolicy.model import KEY_POLICY_MAX, Condition, Policy, Statement
+from keypolicy.nitrotpm import SECURE_BOOT_OFF
 from keypolicy.operators import conjunction, covers_action, covers_resource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 _ANY_CALL: Final = {"aws:securetransport": ("true",)}  # KMS answers over TLS alone
@@ -40,8 +41,9 @@ class Documents(NamedTuple):
     none: Document
     foreign: tuple[Document, ...]
     debug: Document
-    nitrotpm: Document
+    foreign_machines: tuple[Document, ...]
     any_enclave: Document
+    any_nitrotpm: Document
 
 
 def documents(policy: Policy) -> Documents:
@@ -51,6 +53,10 @@ def documents(policy: Policy) -> Documents:
     (the genuine kernel around another application) or PCR2 (another kernel around the genuine
     application), so there are two. PCR3 and PCR4 are the parent's, which is no other one; the
     further PCRs are the program's to extend. Debug mode zeroes PCR0, 1, 2 and 8.
+
+    Of a NitroTPM, a foreign machine image has another PCR4, or keeps that and has another PCR12, a
+    command line; PCR7 is another one, as of other keys, or that of no Secure Boot. The further PCRs
+    are what its firmware, boot loader and programs make of them.
     """
     text = repr([statement.conditions for statement in policy.statements])
     # no value of a policy is the digest of all its values
@@ -60,12 +66,20 @@ def documents(policy: Policy) -> Documents:
         values = values_of_pcrs(dict.fromkeys(indexes, value))
         return Document(name, KnownValues(_ANY_CALL | values, is_about_nitrotpm))
 
+    def machine(name: str, pcrs: Mapping[int, bytes]) -> Document:
+        return Document(name, KnownValues(_ANY_CALL | values_of_nitrotpm(pcrs), is_about_enclave))
+
     return Documents(
         none=Document("none", KnownValues(_ANY_CALL, is_about_document)),
         foreign=(enclave("application", other, 0, 2, 8), enclave("kernel", other, 0, 1, 8)),
         debug=enclave("debug", bytes(PCR_BYTES), 0, 1, 2, 8),
-        nitrotpm=Document("NitroTPM", KnownValues(_ANY_CALL, is_about_enclave)),
+        foreign_machines=(
+            machine("machine image", {4: other, 7: other}),
+            machine("command line", {7: other, 12: other}),
+            machine("no Secure Boot", {4: other, 7: bytes.fromhex(SECURE_BOOT_OFF)}),
+        ),
         any_enclave=Document("enclave", KnownValues(_ANY_CALL, is_about_nitrotpm)),
+        any_nitrotpm=Document("NitroTPM", KnownValues(_ANY_CALL, is_about_enclave)),
     )
 
 
@@ -101,14 +115,14 @@ class Openings:
         self._of_caller: dict[tuple[int, Caller], bool | None] = {}
         self._denied: dict[tuple[str, str, Caller], bool] = {}
 
-    def rests_on_document(self, statement: Statement) -> bool:
-        """Tell whether a statement never applies without an attestation document.
+    def rests_on_document(self, statement: Statement, other: Document | None = None) -> bool:
+        """Tell whether a statement never applies without an attestation document, or with `other`.
 
         Its other conditions do not matter: they may fail for reasons of their own.
         """
+        values = (other or self.documents.none).values
         return any(
-            is_about_document(condition.key)
-            and judge_condition(condition, self.documents.none.values).held is False
+            is_about_document(condition.key) and judge_condition(condition, values).held is False
             for condition in statement.conditions
         )
 
@@ -151,12 +165,13 @@ class Openings:
         """Yield the keys of an index by which Caller.names finds whom a statement may be about."""
         return self._principals[statement.number].names()
 
-    def denies_everyone(self, deny: Statement, action: str) -> bool:
-        """Tell whether a Deny surely keeps everyone, or an account, from an action.
-
-        It is asked of calls without a document.
+    def denies_everyone(
+        self, deny: Statement, action: str, document: Document | None = None
+    ) -> bool:
+        """Tell whether a Deny surely keeps everyone, or an account, from an action with a document,
+        or without one.
         """
-        judged = self._judge(deny, self.documents.none)
+        judged = self._judge(deny, document or self.documents.none)
         return (
             covers_action(deny, action)
             and judged.held is True

@@ -24,7 +24,8 @@ _WRITING: Final = (
 
 
 class Parents:
-    """Who may call with a document, which is the parent instance: it is not trusted.
+    """Who may call with a document, which is an enclave's parent instance, or an instance with a
+    NitroTPM: it is not trusted with more.
 
     They are the principals of the Allows that rest on a document, and of those that a Deny makes
     rest on one. Of the latter, one that may also rewrite the policy is an administrator's, unless
@@ -34,16 +35,22 @@ class Parents:
     def __init__(self, openings: Openings) -> None:
         self._openings = openings
         known = openings.documents
+        self._of_enclaves: set[Caller] = set()
         resting: set[Caller] = set()
         guarded: set[Caller] = set()
         wide: set[Caller] = set()
         for statement in openings.policy.statements:
-            found = {
-                caller
-                for action in RECIPIENT_ACTIONS
-                for caller in openings.opened_to(statement, action, known.any_enclave)
-                if caller.known and not openings.opens_without(statement, action, caller)
-            }
+            with_enclave, with_nitrotpm = (
+                {
+                    caller
+                    for action in RECIPIENT_ACTIONS
+                    for caller in openings.opened_to(statement, action, document)
+                    if caller.known and not openings.opens_without(statement, action, caller)
+                }
+                for document in (known.any_enclave, known.any_nitrotpm)
+            )
+            self._of_enclaves |= with_enclave
+            found = with_enclave | with_nitrotpm
             if openings.rests_on_document(statement):
                 resting |= found
             elif covers_action(statement, REWRITING):
@@ -61,7 +68,7 @@ class Parents:
         rewriter = self._who_may(statement, (REWRITING,))
         if rewriter:
             problem = (
-                f"allows {REWRITING} to {rewriter.arn}, the parent instance's, which is not "
+                f"allows {REWRITING} to {rewriter.arn}, {self._whose(rewriter)}, which is not "
                 "trusted: it can rewrite this policy"
             )
             yield Problem("parent_administers", problem, "allow it to another role")
@@ -71,10 +78,13 @@ class Parents:
                 action for action in _WRITING if self._openings.opens_to(statement, action, writer)
             )
             problem = (
-                f"allows {actions} to {writer.arn}, the parent instance's, which is not trusted: "
+                f"allows {actions} to {writer.arn}, {self._whose(writer)}, which is not trusted: "
                 "it can put another secret in the place of one"
             )
             yield Problem("parent_encrypts", problem, "allow it to another role", warning=True)
+
+    def _whose(self, caller: Caller) -> str:
+        return f"the {'parent' if caller in self._of_enclaves else 'attested'} instance's"
 
     def _who_may(self, statement: Statement, actions: tuple[str, ...]) -> Caller | None:
         """Return a parent to whom an Allow opens one of these actions without a document."""

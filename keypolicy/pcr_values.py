@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import itertools
 import re
 from typing import TYPE_CHECKING
 
 from keypolicy.findings import Problem
-from keypolicy.keys import is_about_enclave
+from keypolicy.keys import is_about_document, is_about_enclave, pcr_index
 from keypolicy.measure import PCR_HEX_LENGTH, ZERO_PCR_HEX
+from keypolicy.nitrotpm import indistinct
 from keypolicy.operators import Operator, matches_wildcards
 
 if TYPE_CHECKING:
@@ -23,14 +25,19 @@ def check_pcr_values(statement: Statement) -> Iterator[Problem]:
     """Find values of attestation conditions that no document has, or too many have."""
     for condition in statement.conditions:
         operator = Operator.parse(condition.operator)
-        if not is_about_enclave(condition.key) or not operator.name.startswith("string"):
+        if not is_about_document(condition.key) or not operator.name.startswith("string"):
             continue
         lets_in = operator.negated == (statement.effect == "Deny")
         right = {value for value in condition.values if _is_right(value)}
         for value in condition.values:
             if value not in right and _as_kms_writes(value) in right:
                 continue  # the same PCR once more, in a form that matches nothing and harms nobody
-            found = next(_pcr_value_problems(value, operator.name, lets_in=lets_in), None)
+            problems = _pcr_value_problems(
+                value, operator.name, zero=lets_in and is_about_enclave(condition.key)
+            )
+            if lets_in and not is_about_enclave(condition.key):
+                problems = itertools.chain(_machine_problems(condition.key, value), problems)
+            found = next(problems, None)
             if found:
                 yield found._replace(problem=f"{condition.key}: {found.problem}")
 
@@ -48,10 +55,18 @@ def _as_kms_writes(value: str) -> str:
     return value.lower().removeprefix("0x")
 
 
-def _pcr_value_problems(value: str, operator: str, *, lets_in: bool) -> Iterator[Problem]:
+def _machine_problems(key: str, value: str) -> Iterator[Problem]:
+    """Find that a value of a NitroTPM's PCR lets any machine image in."""
+    why = indistinct(pcr_index(key), value)
+    if why:
+        fix = "turn Secure Boot on, or ask for NitroTPMPCR4 together with NitroTPMPCR12"
+        yield Problem("indistinct_pcr", why, fix)
+
+
+def _pcr_value_problems(value: str, operator: str, *, zero: bool) -> Iterator[Problem]:
     """Find what is wrong with a PCR's value under an operator, given by its bare name; worst first.
 
-    `lets_in` says that enclaves of this value are let in, rather than kept out. Only the first
+    `zero` says that enclaves of this value are let in, rather than kept out. Only the first
     problem is worth reporting: all zeros let an enclave in where other wrong values match none, and
     a pattern or 0x also makes the length and the letters wrong.
     """
@@ -60,7 +75,7 @@ def _pcr_value_problems(value: str, operator: str, *, lets_in: bool) -> Iterator
     whole = "use the whole SHA-384 value"
     if len(value) == 64:  # 48 bytes in base64
         whole = "write it in hexadecimal, not in base64"
-    if lets_in and (value == ZERO_PCR_HEX or (like and matches_wildcards(value, ZERO_PCR_HEX))):
+    if zero and (value == ZERO_PCR_HEX or (like and matches_wildcards(value, ZERO_PCR_HEX))):
         problem = "all zeros let every enclave in debug mode in, whatever its image"
         yield Problem("zero_pcr", problem, as_printed)
     if like and re.search(r"[*?]", value):

@@ -23,11 +23,14 @@ from keypolicy.model import (
     ENCRYPTION_CONTEXT,
     KEY_POLICY_MAX,
     PolicyError,
+    Source,
     abbreviated,
     iam_entity_type,
     mixed_partitions,
+    nitrotpm_condition_key,
     pcr_condition_key,
 )
+from keypolicy.nitrotpm import IDENTITY_FIX, NITROTPM_PCRS, indistinct, machine_identity_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,6 +72,23 @@ class Bind(NamedTuple):
         return cls(name, value, 4, pcr_of_instance(parent), parent)
 
 
+class _Kind(NamedTuple):
+    """What differs between policies for enclaves and for instances with a NitroTPM."""
+
+    source: Source
+    allow: str
+    """the Sid of an Allow, before its number"""
+    pcr: str
+    """what a PCR is called in a Sid, before its number"""
+    condition_key: Callable[[int], str]
+
+
+_KINDS: Final[Mapping[Source, _Kind]] = {
+    "enclave": _Kind("enclave", "Enclave", "PCR", pcr_condition_key),
+    "nitrotpm": _Kind("nitrotpm", "Instance", "NitroTPMPCR", nitrotpm_condition_key),
+}
+
+
 class Rendered(NamedTuple):
     """A key policy as a JSON-able object, and what its author should know about it."""
 
@@ -99,25 +119,30 @@ def render(
     encryptors: Sequence[str] = (),
     binds: Sequence[Bind] = (),
     actions: Sequence[str] = ("kms:Decrypt",),
+    source: Source = "enclave",
 ) -> Rendered:
-    """Write a key policy that gives plaintexts to attested enclaves only.
+    """Write a key policy that gives plaintexts to attested enclaves only, or, with the source
+    "nitrotpm", to instances with a NitroTPM only.
 
     `principals` are the roles (or users) that the enclaves' parents run with, `admins` manage the
     key without using it, `encryptors` may only encrypt. Each image is {PCR index: 48 bytes};
-    several are for a roll-over and name the same PCRs. `actions` are of RECIPIENT_ACTIONS. Raises
-    PolicyError for what would be open or useless, or is more than KMS takes; `check` finds no fault
-    in what is returned.
+    several are for a roll-over and name the same PCRs. `binds` are of enclaves, `actions` of
+    RECIPIENT_ACTIONS. Raises PolicyError for what would be open or useless, or is more than KMS
+    takes; `check` finds no fault in what is returned.
     """
     _check_people(principals, admins, encryptors)
-    _check_images(images)
+    kind = _KINDS[source]
+    _check_images(images, kind)
+    if binds and source != "enclave":
+        raise PolicyError("a context value is bound to the parent of an enclave, not to a NitroTPM")
     _check_binds(binds, actions)
     _check_actions(actions)
     people = (principals, admins, encryptors)
     arns = [*principals, *admins, *encryptors, *(bind.parent for bind in binds)]
 
     def written(images: Sequence[Mapping[int, bytes]], binds: Sequence[Bind]) -> Rendered:
-        policy = _policy(*people, images, binds, actions)
-        return Rendered(policy, tuple(_warnings(images[0], arns)))
+        policy = _policy(kind, *people, images, binds, actions)
+        return Rendered(policy, tuple(_warnings(kind, images[0], arns)))
 
     rendered = written(images, binds)
     if rendered.size > KEY_POLICY_MAX:
@@ -126,6 +151,7 @@ def render(
 
 
 def _policy(
+    kind: _Kind,
     principals: Sequence[str],
     admins: Sequence[str],
     encryptors: Sequence[str],
@@ -138,11 +164,11 @@ def _policy(
     if encryptors:
         statements.append(_allow("Encryption", encryptors, ["kms:Encrypt"]))
     for number, image in enumerate(images, start=1):
-        allow = _allow(f"Enclave{number}", principals, actions)
-        statements.append(allow | {"Condition": _enclave_condition(image, binds)})
+        allow = _allow(f"{kind.allow}{number}", principals, actions)
+        statements.append(allow | {"Condition": _image_condition(kind, image, binds)})
     for index in sorted(images[0]):
-        differs = _pcr_differs(index, [image[index] for image in images])
-        statements.append(_deny(f"DenyOtherPCR{index}", differs))
+        differs = _pcr_differs(kind.condition_key(index), [image[index] for image in images])
+        statements.append(_deny(f"DenyOther{kind.pcr}{index}", differs))
     statements += _bind_guards(binds)
     return {"Version": "2012-10-17", "Statement": statements}
 
@@ -196,8 +222,9 @@ def _check_people(
                 )
 
 
-def _check_images(images: Sequence[Mapping[int, bytes]]) -> None:
+def _check_images(images: Sequence[Mapping[int, bytes]], kind: _Kind) -> None:
     """Refuse images that do not name the same PCRs, or whose PCRs admit other images, too."""
+    count = 32 if kind.source == "enclave" else len(NITROTPM_PCRS)
     if not images:
         raise PolicyError("the policy names no image")
     for image in images:
@@ -207,17 +234,30 @@ def _check_images(images: Sequence[Mapping[int, bytes]]) -> None:
                 "expected the same PCRs in each"
             )
         for index, value in image.items():
-            if not 0 <= index <= 31 or len(value) != PCR_BYTES:
+            if not 0 <= index < count or len(value) != PCR_BYTES:
                 raise PolicyError(
-                    f"PCR{index} has {len(value)} bytes, expected PCR0 to PCR31 with {PCR_BYTES}"
+                    f"PCR{index} has {len(value)} bytes, "
+                    f"expected PCR0 to PCR{count - 1} with {PCR_BYTES}"
                 )
-            if not any(value):
-                raise PolicyError(
-                    f"PCR{index} is all zeros, which is what an enclave in debug mode attests"
-                )
-    problem = image_identity_problem(images[0])
+            _check_value(kind, index, value)
+    if kind.source == "enclave":
+        problem = image_identity_problem(images[0])
+        fix = "add PCR0, PCR8, or PCR1 together with PCR2"
+    else:
+        problem, fix = machine_identity_problem(images[0]), IDENTITY_FIX
     if problem:
-        raise PolicyError(f"{problem}: add PCR0, PCR8, or PCR1 together with PCR2")
+        raise PolicyError(f"{problem}: {fix}")
+
+
+def _check_value(kind: _Kind, index: int, value: bytes) -> None:
+    """Refuse a value that many images have."""
+    if kind.source == "enclave" and not any(value):
+        raise PolicyError(
+            f"PCR{index} is all zeros, which is what an enclave in debug mode attests"
+        )
+    why = indistinct(index, value.hex()) if kind.source == "nitrotpm" else ""
+    if why:
+        raise PolicyError(f"NitroTPM PCR{index} tells no image from another: {why}")
 
 
 def _check_binds(binds: Sequence[Bind], actions: Sequence[str]) -> None:
@@ -282,11 +322,13 @@ def _one_or_list(values: Iterable[str]) -> str | list[str]:
     return unique[0] if len(unique) == 1 else unique
 
 
-def _enclave_condition(image: Mapping[int, bytes], binds: Sequence[Bind]) -> dict[str, Any]:
+def _image_condition(
+    kind: _Kind, image: Mapping[int, bytes], binds: Sequence[Bind]
+) -> dict[str, Any]:
     """Ask for the PCRs of an image and, where context names are bound, a bound value of each."""
     condition: dict[str, Any] = {
         "StringEqualsIgnoreCase": {
-            pcr_condition_key(index): image[index].hex() for index in sorted(image)
+            kind.condition_key(index): image[index].hex() for index in sorted(image)
         }
     }
     names = dict.fromkeys(bind.name for bind in binds)
@@ -300,13 +342,13 @@ def _enclave_condition(image: Mapping[int, bytes], binds: Sequence[Bind]) -> dic
     return condition
 
 
-def _pcr_differs(index: int, values: Iterable[bytes]) -> dict[str, Any]:
+def _pcr_differs(key: str, values: Iterable[bytes]) -> dict[str, Any]:
     """Hold where no document, or one with another value of this PCR, is sent.
 
     It is one key for each statement, since several keys of a statement are ANDed.
     """
     allowed = _one_or_list(value.hex() for value in values)
-    return {"StringNotEqualsIgnoreCase": {pcr_condition_key(index): allowed}}
+    return {"StringNotEqualsIgnoreCase": {key: allowed}}
 
 
 def _bind_guards(binds: Sequence[Bind]) -> Iterator[dict[str, Any]]:
@@ -316,12 +358,15 @@ def _bind_guards(binds: Sequence[Bind]) -> Iterator[dict[str, Any]]:
     for number, (name, value, pcr) in enumerate(bound, start=1):
         digests = [bind.digest for bind in binds if (bind.name, bind.value) == (name, value)]
         context = {"StringEquals": {f"{ENCRYPTION_CONTEXT}{name}": value}}
-        guard = _deny(f"DenyOtherPCR{pcr}ForBind{number}", context | _pcr_differs(pcr, digests))
+        guard = _deny(
+            f"DenyOtherPCR{pcr}ForBind{number}",
+            context | _pcr_differs(pcr_condition_key(pcr), digests),
+        )
         # DeriveSharedSecret has no context: its guard would be forty bytes for nothing
         yield guard | {"Action": ["kms:Decrypt", "kms:ReEncryptFrom"]}
 
 
-def _warnings(pinned: Iterable[int], arns: Iterable[str]) -> Iterator[str]:
+def _warnings(kind: _Kind, pinned: Iterable[int], arns: Iterable[str]) -> Iterator[str]:
     """Say what the author of a policy that pins these PCRs for these ARNs should know."""
     mixed = mixed_partitions(arns)
     if mixed:
@@ -330,6 +375,9 @@ def _warnings(pinned: Iterable[int], arns: Iterable[str]) -> Iterator[str]:
         "whoever may call kms:PutKeyPolicy can remove these conditions: "
         "CloudTrail shows that, nothing prevents it"
     )
+    if kind.source == "nitrotpm":
+        yield from _warnings_of_nitrotpm(pinned)
+        return
     if 8 in pinned:
         yield (
             "PCR8 admits every image signed with this certificate, older ones too: "
@@ -340,3 +388,15 @@ def _warnings(pinned: Iterable[int], arns: Iterable[str]) -> Iterator[str]:
             "PCR0, PCR1 and PCR2 change with every build: "
             "render this policy anew for each, or use PCR8 alone"
         )
+
+
+def _warnings_of_nitrotpm(pinned: Iterable[int]) -> Iterator[str]:
+    """Say what a document of a NitroTPM does not prove."""
+    yield (
+        "root in such an instance sees every secret: the image must allow no login, and run "
+        "nothing that it was not built with"
+    )
+    if 7 in pinned:
+        yield "PCR7 admits every image signed with these Secure Boot keys, older ones too"
+    if {4, 12} & set(pinned):
+        yield "PCR4 and PCR12 change with every build: render this policy anew for each"

@@ -1111,11 +1111,11 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     ),
     "a NitroTPM": (
         [statement({"StringEquals": {f"{ATTESTATION}NitroTPMPCR7": GOOD}})],
-        ["nitrotpm"],
+        [],
     ),
     "a NitroTPM by a guard": (
         [refuse({"StringNotEquals": {f"{ATTESTATION}NitroTPMPCR4": GOOD}}), OPEN],
-        ["nitrotpm"],
+        ["any_machine_image"],
     ),
     "a NitroTPM's IfExists": (
         [statement({"StringEqualsIfExists": {f"{ATTESTATION}NitroTPMPCR7": GOOD}})],
