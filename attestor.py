@@ -841,7 +841,9 @@ def wrong_clock() -> str:
     if abs(behind) <= CLOCK_ERROR_MAX:
         return ""
     side = "behind" if behind > 0 else "ahead of"
-    return f"clock of this enclave is {abs(round(behind))} s {side} the Nitro Secure Module's"
+    from nsm.source import place, title
+
+    return f"clock of this {place()} is {abs(round(behind))} s {side} the {title()}'s"
 
 
 def _sent_pcrs() -> Mapping[str, Mapping[int, bytes]]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import attestor
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
 from attestor_io.reading import Message
+from nsm.source import place
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-_WOULD_DECRYPT = "KMS would decrypt for this enclave (a dry run)"
+_WOULD_DECRYPT = "KMS would decrypt for this {} (a dry run)"
 
 
 class NoVerdict(Exception):  # noqa: N818 - no error: nothing is known about decrypt
@@ -41,7 +42,7 @@ class _DryRun(attestor.Kms):
             return attestor.Kms.call(self, operation, DryRun=True, **parameters)
         except RefusedError as error:
             if _code(error) == "DryRunOperationException":
-                raise _SuccessError(_WOULD_DECRYPT) from error
+                raise _SuccessError(_WOULD_DECRYPT.format(place())) from error
             raise
 
 
@@ -91,7 +92,7 @@ def dry_run(
         else:
             _ask_about_key(rehearsal, bound, algorithm, document_holds=document_holds)
     except _SuccessError:
-        return _WOULD_DECRYPT, ""
+        return _WOULD_DECRYPT.format(place()), ""
     reason = "KMS decrypted instead of a dry run; the plaintext is forgotten"
     return reason, "is this endpoint AWS KMS?"
 

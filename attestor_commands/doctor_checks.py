@@ -26,6 +26,7 @@ from attestor_io.ciphertext import is_symmetric, read_ciphertext
 from attestor_io.reading import Message
 from attestor_io.refusal import SKEW_MAX, clock_skew
 from attestor_io.urls import without_query
+from keypolicy.nitrotpm import SECURE_BOOT_OFF
 from nsm import document, library, source
 
 if TYPE_CHECKING:
@@ -371,7 +372,7 @@ def _clock(case: Case) -> Finding:
 
     A signature bears our time, and a certificate is valid for a time.
     """
-    fix = "set the clock of this enclave"
+    fix = f"set the clock of this {source.place()}"
     wrong = attestor.wrong_clock()
     if case.skew is None and wrong:
         return Finding(wrong, fix)
@@ -422,7 +423,9 @@ def _debug_mode(case: Case) -> Finding:
     if case.parsed is None:
         raise Skipped("needs the check verification")
     if case.parsed.source == "nitrotpm":
-        raise Skipped("the NitroTPM of an EC2 instance has no debug mode")
+        off = case.parsed.nitrotpm_pcrs.get(7, b"").hex() == SECURE_BOOT_OFF
+        also = "; Secure Boot is off, so PCR7 is that of every such instance" if off else ""
+        raise Skipped(f"the NitroTPM of an EC2 instance has no debug mode{also}")
     if case.parsed.debug_mode:
         fix = "start the enclave without --debug-mode: no key policy should allow zero PCRs"
         return Finding("this enclave runs in debug mode: PCR0, PCR1 and PCR2 are all zeros", fix)

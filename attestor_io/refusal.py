@@ -143,7 +143,7 @@ def _causes(refusal: Refusal, pcrs: Mapping[int, bytes]) -> Iterable[str]:
         yield "the credentials are expired or wrong: renew them"
     elif code in UNSIGNED:
         yield (
-            _clock(refusal.skew)
+            _clock(refusal)
             or _scope(refusal.message)
             or ("the secret key is wrong, or the clock is more than five minutes off")
         )
@@ -182,11 +182,12 @@ def _algorithm(refusal: Refusal) -> Iterable[str]:
         yield "an RSA key wants --algorithm (in a manifest, algorithm), such as RSAES_OAEP_SHA_256"
 
 
-def _clock(skew: float | None) -> str:
+def _clock(refusal: Refusal) -> str:
+    skew, where = refusal.skew, "enclave" if refusal.nitrotpm_pcrs is None else "instance"
     if skew is None or abs(skew) <= SKEW_MAX:
         return ""
     return (
-        f"this enclave's clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} "
+        f"this {where}'s clock is {abs(round(skew))} s {'behind' if skew > 0 else 'ahead of'} "
         "KMS's: set it"
     )
 

@@ -45,8 +45,17 @@ def find_transport() -> Transport:
 
 def title() -> str:
     """What it is that gets documents here, by what the environment asks for and what is there."""
+    return TITLES[_kind()]
+
+
+def place() -> str:
+    """What this machine is, in messages: "enclave" or "instance"."""
+    return "enclave" if _kind() == "enclave" else "instance"
+
+
+def _kind() -> Source:
     source, _ = chosen(os.environ)
-    return TITLES["nitrotpm" if source == "nitrotpm" or _is_instance(source) else "enclave"]
+    return "nitrotpm" if source == "nitrotpm" or _is_instance(source) else "enclave"
 
 
 def _is_instance(source: str) -> bool:

@@ -151,6 +151,7 @@ def test_doctor(instance: Enclave) -> None:
     assert found["verification"]["outcome"] == "passed"
     assert "no debug mode" in found["debug mode"]["reason"]
     assert found["attested call"]["outcome"] == "passed"
+    assert "for this instance" in found["attested call"]["reason"]
 
 
 # ---- the choice of the source

@@ -251,7 +251,9 @@ def _own_document() -> AttestationDocument:
     try:
         return AttestationDocument.parse(process_recipient().document())
     except DocumentError as error:
-        reason = f"attestation document of this enclave cannot be read: {error}"
+        from nsm.source import place
+
+        reason = f"attestation document of this {place()} cannot be read: {error}"
         raise NotAuthenticError(reason) from error
 
 
