@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
-ROOMS := attestor_commands attestor_io keypolicy nitrosim nsm
+ROOMS := attestor_commands attestor_eif attestor_io keypolicy nitrosim nsm
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
@@ -51,7 +51,7 @@ lint: $(READY)
 # import-linter reads packages alone: in this folder the script is one
 IMPORTS := .cache/imports
 
-SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/vm/run tests/vm/init tests/vm/program \
+SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/eif_judge/build tests/vm/run tests/vm/init tests/vm/program \
 	$(addprefix enclave/,assemble build-image buildah.sh entrypoint.sh) \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
 

@@ -931,7 +931,11 @@ def load(spec: str, what: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {_room_of(spec), "keypolicy"}:
+        if (error.name or "").partition(".")[0] not in {
+            _room_of(spec),
+            "attestor_eif",
+            "keypolicy",
+        }:
             raise
         hint = "this is the script alone: pip install . in a checkout of nitro-attestor brings it"
         raise InputError(f"{what} needs {error.name}, which is not installed", hint) from error
@@ -1172,6 +1176,7 @@ FURTHER_COMMANDS: Final = {
     "derive-shared-secret": "attestor_commands.operations:derive_shared_secret",
     "describe": "attestor_commands.evidence:describe",
     "doctor": "attestor_commands.doctor:doctor",
+    "eif": "attestor_commands.eif:eif",
     "encrypt": "attestor_commands.encrypt:encrypt",
     "generate-data-key": "attestor_commands.operations:generate_data_key",
     "generate-data-key-pair": "attestor_commands.operations:generate_data_key_pair",

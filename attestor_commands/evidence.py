@@ -81,6 +81,7 @@ def describe(in_base64: bool, as_json: bool) -> None:
     metavar="FILE",
     help="expect the PCRs that nitro-cli build-enclave or nitro-tpm-pcr-compute printed",
 )
+@click.option("--eif", metavar="FILE", help="expect the PCRs of this image, measured here")
 @click.option("--any-image", is_flag=True, help="expect no PCR, and say that this is meant")
 @options(FIELD_OPTIONS)
 @click.option("--module-id", metavar="ID", help="expect this module")
@@ -107,6 +108,7 @@ def verify(
     \b
     Examples:
       attestor verify --measurements build.json --nonce 00112233445566778899aabbccddeeff document
+      attestor verify --eif app.eif --max-age 60 document
       attestor verify --any-image --at document old-document
 
     A nonce that you chose, or --max-age, tells a fresh document from a replayed one. Revocation is
@@ -125,9 +127,9 @@ def verify(
             "--max-age contradicts --at document, at which every document is new",
             "leave one of them out",
         )
-    asked = {name: expected.pop(name) for name in ("pcrs", "nitrotpm_pcrs", "measurements")}
+    asked = {name: expected.pop(name) for name in ("pcrs", "nitrotpm_pcrs", "measurements", "eif")}
     if not (any(asked.values()) or any_image):
-        hint = "give --pcr or --measurements, or --any-image if that is meant"
+        hint = "give --pcr, --measurements or --eif, or --any-image if that is meant"
         raise InputError("no PCR is expected: every genuine enclave's document would pass", hint)
     with evidence_errors():
         expect = _expectations(asked, max_age, expected)
@@ -160,15 +162,20 @@ def _expectations(
 
 
 def _expected_pcrs(
-    pcrs: Sequence[str], nitrotpm_pcrs: Sequence[str], measurements: str | None
+    pcrs: Sequence[str],
+    nitrotpm_pcrs: Sequence[str],
+    measurements: str | None,
+    eif: str | None,
 ) -> tuple[dict[int, bytes], dict[int, bytes]]:
     """The PCRs of an enclave or those of a NitroTPM; a document has one kind alone."""
     from attestor_commands.arguments import merge, parse_nitrotpm_pcr, parse_pcr
+    from attestor_commands.images import measured_image
     from keypolicy import Measured, measured
 
     read = parse_file(measurements, measured) if measurements else Measured("enclave", {})
     listed = {read.source: read.pcrs.items()}
-    enclave = merge(map(parse_pcr, pcrs), listed.get("enclave", ()))
+    image = measured_image(eif).pcrs.items() if eif else ()
+    enclave = merge(map(parse_pcr, pcrs), listed.get("enclave", ()), image)
     nitrotpm = merge(map(parse_nitrotpm_pcr, nitrotpm_pcrs), listed.get("nitrotpm", ()))
     if enclave and nitrotpm:
         raise InputError(

@@ -122,7 +122,7 @@ def document_text(report: Object) -> str:
     lines += [
         "",
         f"PCRs ({report['digest']})",
-        *_pcr_lines(report["pcrs"] or report["nitrotpm_pcrs"], report["source"]),
+        *pcr_lines(report["pcrs"] or report["nitrotpm_pcrs"], report["source"]),
         "",
         "chain, root first",
     ]
@@ -178,7 +178,7 @@ def description_text(report: Object) -> str:
         *(of_enclave if report["source"] == "enclave" else ()),
         "",
         f"PCRs ({report['digest']})",
-        *_pcr_lines(values, report["source"]),
+        *pcr_lines(values, report["source"]),
     ]
     return "\n".join(lines)
 
@@ -200,7 +200,7 @@ def debug_text(debug_mode: bool) -> str:
     return "YES: PCR0 is all zeros, as in every enclave in debug mode" if debug_mode else "no"
 
 
-def _pcr_lines(pcrs: Mapping[str, str], source: Source = "enclave") -> Iterable[str]:
+def pcr_lines(pcrs: Mapping[str, str], source: Source = "enclave") -> Iterable[str]:
     """Each PCR with its meaning; those that are zero and mean nothing are left out.
 
     So are those of a NitroTPM that are all ones: no measured launch took place.

@@ -31,7 +31,10 @@ _DOCUMENT_HINTS: Final = {
     "source": ("--pcr is of enclaves, --nitrotpm-pcr of EC2 instances: they measure other things",),
     "debug_mode": (
         "--allow-debug accepts it, for tests",
-        "it attests zeros, not its image: --measurements takes what nitro-cli printed of the image",
+        (
+            "it attests zeros, not its image: --measurements takes what nitro-cli printed of the "
+            "image, and --eif the image itself"
+        ),
     ),
     "pcrs": (
         (
@@ -71,6 +74,9 @@ NITROTPM_PCR_OPTION: Final = click.option(
     metavar="N=HEX",
     multiple=True,
     help="the same of an EC2 instance's NitroTPM, repeatable",
+)
+EIFS_OPTION: Final = click.option(
+    "--eif", "eifs", metavar="FILE", multiple=True, help="an image, measured here, repeatable"
 )
 
 
@@ -136,7 +142,10 @@ def read_file(path: str, what: str, limit: int = FILE_MAX) -> bytes:
     """Read a whole file of at most `limit` bytes; raises InputError, which says `what` it is."""
     data = read_bounded(path, limit + 1, what)
     if len(data) > limit:
-        raise InputError(f"{what} is longer than {limit} bytes")
+        from attestor_eif import is_eif
+
+        hints = _applicable(["--eif FILE takes an enclave image"]) if is_eif(data) else ()
+        raise InputError(f"{what} is longer than {limit} bytes", *hints)
     return data
 
 

@@ -8,6 +8,7 @@ import click
 
 from attestor import say
 from attestor_commands.inputs import (
+    EIFS_OPTION,
     JSON_OPTION,
     NITROTPM_PCR_OPTION,
     PCR_OPTION,
@@ -75,6 +76,7 @@ def policy() -> None:
     multiple=True,
     help="an image, as nitro-cli or nitro-tpm-pcr-compute printed it, repeatable",
 )
+@EIFS_OPTION
 @click.option(
     "--document",
     "documents",
@@ -92,7 +94,9 @@ def policy() -> None:
 )
 @click.option("--role-arn", metavar="ARN", help="computes PCR3")
 @click.option("--instance-id", metavar="ID", help="computes PCR4")
-@click.option("--signing-certificate", metavar="FILE", help="computes PCR8")
+@click.option(
+    "--signing-certificate", metavar="FILE", help="computes PCR8; PEM, DER, or a signed EIF"
+)
 @click.option(
     "--bind",
     "binds",
@@ -115,6 +119,7 @@ def render(
     \b
     Examples:
       attestor policy render --principal ROLE --admin ROLE --measurements build.json
+      attestor policy render --principal ROLE --admin ROLE --eif app.eif --take 0
       attestor policy render --principal ROLE --admin ROLE --signing-certificate cert.pem
       attestor policy render --principal ROLE --admin ROLE --pcr 0=OLD --pcr 0=NEW
 
@@ -147,13 +152,8 @@ def _images(sources: Mapping[str, Any]) -> tuple[Source, list[dict[int, bytes]]]
     computed for all of them.
     """
     import keypolicy
-    from attestor_commands.arguments import (
-        merge,
-        parse_certificate,
-        parse_images,
-        parse_nitrotpm_pcr,
-        parse_pcr,
-    )
+    from attestor_commands.arguments import merge, parse_images, parse_nitrotpm_pcr, parse_pcr
+    from attestor_commands.images import measured_image, read_certificate
 
     computed = {}
     if sources["role_arn"]:
@@ -161,12 +161,13 @@ def _images(sources: Mapping[str, Any]) -> tuple[Source, list[dict[int, bytes]]]
     if sources["instance_id"]:
         computed[4] = keypolicy.pcr_of_instance(sources["instance_id"])
     if sources["signing_certificate"]:
-        der = parse_file(sources["signing_certificate"], parse_certificate)
+        der = read_certificate(sources["signing_certificate"])
         computed[8] = keypolicy.pcr_of_certificate(der)
     measured = [(path, parse_file(path, keypolicy.measured)) for path in sources["measurements"]]
+    measured += [(path, measured_image(path)) for path in sources["eifs"]]
     measured += [(path, _attested(path, sources["root"])) for path in sources["documents"]]
     if sources["take"] and not measured:
-        raise InputError("--take needs --measurements or --document to take PCRs from")
+        raise InputError("--take needs --measurements, --eif or --document to take PCRs from")
     given = {
         "enclave": parse_images(map(parse_pcr, sources["pcrs"])),
         "nitrotpm": parse_images(map(parse_nitrotpm_pcr, sources["nitrotpm_pcrs"])),
@@ -274,6 +275,7 @@ def _read_policy(path: str) -> Any:
     metavar="FILE",
     help="the PCRs of such a document, as nitro-cli or nitro-tpm-pcr-compute printed them",
 )
+@click.option("--eif", metavar="FILE", help="the image that such a document is of, measured here")
 @click.option(
     "--principal",
     metavar="ARN",
@@ -311,12 +313,12 @@ def explain(
     \b
     Examples:
       attestor policy explain policy.json --document doc --principal arn:aws:iam::...:role/parent
-      attestor policy explain policy.json --measurements build.json --principal arn:aws:iam::...
+      attestor policy explain policy.json --eif app.eif --principal arn:aws:iam::...:role/parent
 
     FILE is the policy in JSON; "-" reads standard input. The document is verified at its own
-    timestamp; --pcr and --measurements stand for one whose other PCRs are not known. What depends
-    on them or on other policies is named, not guessed. Exit status: 0 allowed, 4 denied, 8 cannot
-    be told.
+    timestamp; --pcr, --measurements and --eif stand for one whose other PCRs are not known. What
+    depends on them or on other policies is named, not guessed. Exit status: 0 allowed, 4 denied, 8
+    cannot be told.
     """
     from datetime import UTC, datetime
 
@@ -349,13 +351,14 @@ def _asked_pcrs(action: str, sources: Mapping[str, Any]) -> tuple[Any, Measured 
     """The verified document if there is one, and the PCRs of the call, None without attestation."""
     import keypolicy
     from attestor_commands.arguments import merge, parse_nitrotpm_pcr, parse_pcr
+    from attestor_commands.images import measured_image
 
-    document, measurements = sources["document"], sources["measurements"]
+    document, measurements, eif = sources["document"], sources["measurements"], sources["eif"]
     claimed = {
         "enclave": [parse_pcr(text) for text in sources["pcrs"]],
         "nitrotpm": [parse_nitrotpm_pcr(text) for text in sources["nitrotpm_pcrs"]],
     }
-    if document is None and measurements is None and not any(claimed.values()):
+    if document is None and measurements is None and eif is None and not any(claimed.values()):
         return None, None
     # GenerateRandom takes one, too; no key policy is asked about it
     if action.lower() not in {known.lower() for known in keypolicy.RECIPIENT_ACTIONS}:
@@ -367,12 +370,15 @@ def _asked_pcrs(action: str, sources: Mapping[str, Any]) -> tuple[Any, Measured 
         if measurements:
             read = parse_file(measurements, keypolicy.measured)
             claimed[read.source] += read.pcrs.items()
+        if eif:
+            claimed["enclave"] += measured_image(eif).pcrs.items()
         source = _only_document({kind for kind, pairs in claimed.items() if pairs})
         return None, keypolicy.Measured(source, merge(claimed[source]))
-    if measurements is not None or any(claimed.values()):
+    if measurements is not None or eif is not None or any(claimed.values()):
         raise InputError(
-            "--document tells every PCR: --pcr and --measurements contradict it or say the same",
-            "leave out --document, or both of them",
+            "--document tells every PCR: --pcr, --measurements and --eif contradict it or say the "
+            "same",
+            "leave out --document, or all of them",
         )
     verified = _verified_at_its_time(document, sources["root"], allow_debug=True)
     found = verified.document

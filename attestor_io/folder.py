@@ -122,6 +122,13 @@ class Folder:
         finally:
             signals.owner.leave()
 
+    def open_again(self, file: int, name: str) -> int:
+        """Open for reading what `create` has made and given; a new descriptor."""
+        if name:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(name, flags, dir_fd=self._descriptor)
+        return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+
     # -- names: those that are hidden are in the list of what a signal removes
 
     def hidden_name(self) -> str:

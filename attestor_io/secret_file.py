@@ -11,6 +11,7 @@ needs no space, no descriptor and no name, and it comes back as the same file.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import sys
@@ -157,6 +158,11 @@ class SecretFile:
         """Write more of it; raises OutputError."""
         with self._errors_translated():
             _write_all(self._file, data)
+
+    def read_again(self) -> io.FileIO:
+        """Open what was appended for reading, while nobody else can see it; raises OutputError."""
+        with self._errors_translated():
+            return io.FileIO(self._folder.open_again(self._file, self._new))
 
     def seal(self) -> None:
         """Give the complete file its owner and mode, and make its contents durable."""

@@ -25,14 +25,14 @@ def pcr_of_role(arn: str) -> bytes:
     """Compute PCR3: the IAM role of the parent instance, by its ARN with path and partition."""
     if iam_entity_type(arn) != "role" or not arn.isascii():
         raise PolicyError(f"{abbreviated(arn)} is not the ARN of a role")
-    return _extended_once(arn.encode("ascii"))
+    return extended_once(arn.encode("ascii"))
 
 
 def pcr_of_instance(instance_id: str) -> bytes:
     """Compute PCR4: the parent instance, by its id, as i-0123456789abcdef0."""
     if not re.fullmatch(r"i-([0-9a-f]{8}|[0-9a-f]{17})", instance_id):
         raise PolicyError(f"{abbreviated(instance_id)} is not the id of an instance")
-    return _extended_once(instance_id.encode("ascii"))
+    return extended_once(instance_id.encode("ascii"))
 
 
 def pcr_of_certificate(der: bytes) -> bytes:
@@ -40,10 +40,10 @@ def pcr_of_certificate(der: bytes) -> bytes:
 
     A renewed certificate over the same key gives another value.
     """
-    return _extended_once(hashlib.sha384(der).digest())
+    return extended_once(hashlib.sha384(der).digest())
 
 
-def _extended_once(data: bytes) -> bytes:
+def extended_once(data: bytes) -> bytes:
     """Return a PCR after its first extension with the data: SHA384(initial zeros || data)."""
     return hashlib.sha384(bytes(PCR_BYTES) + data).digest()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from moto.core.exceptions import JsonRESTError
 from moto.kms.models import Key, KmsBackend
@@ -32,6 +33,11 @@ SYMMETRIC: Final = "SYMMETRIC_DEFAULT"
 OAEP: Final[Mapping[str, type[hashes.HashAlgorithm]]] = {
     "RSAES_OAEP_SHA_1": hashes.SHA1,
     "RSAES_OAEP_SHA_256": hashes.SHA256,
+}
+ECDSA: Final[Mapping[str, hashes.HashAlgorithm]] = {
+    "ECDSA_SHA_256": hashes.SHA256(),
+    "ECDSA_SHA_384": hashes.SHA384(),
+    "ECDSA_SHA_512": hashes.SHA512(),
 }
 PLAINTEXT_MAX: Final = 4096
 CIPHERTEXT_MAX: Final = 6144
@@ -250,6 +256,17 @@ def decrypt(key: Key, algorithm: str, blob: bytes, context: Mapping[str, str]) -
         return AESGCM(key.key_material).decrypt(iv, sealed, header + _canonical(context))
     except (InvalidTag, ValueError) as error:
         raise KmsError("InvalidCiphertextException") from error
+
+
+def sign_digest(key: Key, algorithm: str, digest: bytes) -> bytes:
+    """An ECDSA signature in DER of a digest, which must be as long as the algorithm's hash."""
+    private_key = getattr(key.private_key, "private_key", None)
+    hashed = ECDSA.get(algorithm)
+    if not isinstance(private_key, ec.EllipticCurvePrivateKey) or hashed is None:
+        raise KmsError("ValidationException", f"{key.arn} signs no digest with {algorithm}.")
+    if len(digest) != hashed.digest_size:
+        raise KmsError("ValidationException", "Digest is invalid length for algorithm.")
+    return private_key.sign(digest, ec.ECDSA(Prehashed(hashed)))
 
 
 def derive(key: Key, public_key: ec.EllipticCurvePublicKey) -> bytes:

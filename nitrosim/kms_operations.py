@@ -44,6 +44,7 @@ _EC_PAIRS: Final[Mapping[str, type[ec.EllipticCurve]]] = {
     "ECC_SECG_P256K1": ec.SECP256K1,
 }
 _PUBLIC_KEY_MAX: Final = 8192
+_MESSAGE_MAX: Final = 4096
 
 
 class Operations:
@@ -61,6 +62,7 @@ class Operations:
             "GenerateDataKeyPairWithoutPlaintext": self._generate_data_key_pair_without_plaintext,
             "GenerateRandom": self._generate_random,
             "ReEncrypt": self._re_encrypt,
+            "Sign": self._sign,
         }
 
     def run(self, operation: str, parameters: Parameters, authorize: Authorize) -> Answer:
@@ -192,6 +194,18 @@ class Operations:
             "KeyAgreementAlgorithm": algorithm,
             "KeyOrigin": key.origin,
         }
+
+    def _sign(self, parameters: Parameters, authorize: Authorize) -> Answer:
+        """Sign a digest; moto signs messages, and would hash a digest once more."""
+        key = self._find(parameters, "KeyId")
+        authorize("Sign", key, {})
+        kms_keys.check_usable(key, "SIGN_VERIFY", "Sign")
+        if parameters.choice("MessageType", ("RAW", "DIGEST"), "RAW") == "RAW":
+            return self._keys.ask_moto("Sign", parameters)
+        algorithm = parameters.choice("SigningAlgorithm", tuple(key.signing_algorithms))
+        digest = parameters.blob("Message", _MESSAGE_MAX)
+        signature = kms_keys.sign_digest(key, algorithm, digest)
+        return {"KeyId": key.arn, "Signature": signature, "SigningAlgorithm": algorithm}
 
     def _find(self, parameters: Parameters, name: str) -> Key:
         return self._keys.find(parameters.text(name))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ES384: Final = ec.ECDSA(hashes.SHA384())
 # What cryptography raises for a certificate; warnings too, where a program has them raised
-_UNREADABLE: Final = (
+UNREADABLE: Final = (
     ValueError,
     TypeError,
     Warning,
@@ -59,7 +59,7 @@ def _load(name: str, der: bytes) -> Link:
         key = certificate.public_key()
         algorithm = certificate.signature_algorithm_oid
         validity = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DocumentError("certificates", f"{name} cannot be read: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         kind = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else type(key).__name__
@@ -97,7 +97,7 @@ def _check_names(chain: list[Link]) -> None:
     try:
         subjects = [link.certificate.subject for link in chain]
         issuers = [link.certificate.issuer for link in chain]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DocumentError("names", f"a certificate has an unreadable name: {error}") from error
     for link, issuer, expected in zip(chain[1:], issuers[1:], subjects, strict=False):
         if issuer != expected:
@@ -115,7 +115,7 @@ def _constraints(link: Link) -> tuple[x509.BasicConstraints, x509.KeyUsage]:
         usage = extensions.get_extension_for_class(x509.KeyUsage).value
     except x509.ExtensionNotFound as error:
         raise DocumentError("extensions", f"{link.name} lacks {error.oid._name}") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DocumentError(
             "extensions", f"{link.name} has unreadable extensions: {error}"
         ) from error

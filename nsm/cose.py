@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, TypeVar
 
+import cbor2
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+
 from nsm import cbor
 
 if TYPE_CHECKING:
@@ -27,18 +30,20 @@ class DocumentError(Exception):
         super().__init__(message)
 
 
-def read_cose_sign1(data: bytes) -> tuple[bytes, bytes, bytes]:
+def read_cose_sign1(
+    data: bytes, what: str = "document", signature_size: int = SIGNATURE_SIZE
+) -> tuple[bytes, bytes, bytes]:
     """The protected header, payload and signature of COSE_Sign1 = [protected, unprotected, payload,
-    signature].
+    signature]; `what` is its name in messages, and the signature has so many bytes.
     """
     if len(data) > _ENVELOPE_MAX:
         raise DocumentError(
-            "format", f"document has {len(data)} bytes, expected at most {_ENVELOPE_MAX}"
+            "format", f"{what} has {len(data)} bytes, expected at most {_ENVELOPE_MAX}"
         )
-    item = decode(data.removeprefix(_TAG_COSE_SIGN1), "document")
+    item = decode(data.removeprefix(_TAG_COSE_SIGN1), what)
     if type(item) is not list or len(item) != 4:
         raise DocumentError(
-            "format", f"document is {kind_of(item)}, expected the four elements of a COSE_Sign1"
+            "format", f"{what} is {kind_of(item)}, expected the four elements of a COSE_Sign1"
         )
     protected, unprotected, payload, signature = item
     if type(unprotected) is not dict or unprotected:
@@ -54,7 +59,20 @@ def read_cose_sign1(data: bytes) -> tuple[bytes, bytes, bytes]:
         if type(part) is not bytes:
             raise DocumentError("format", f"{name} is {kind_of(part)}, expected a byte string")
     sized("payload", payload, 1, PAYLOAD_MAX)
-    return protected, payload, sized("signature", signature, SIGNATURE_SIZE, SIGNATURE_SIZE)
+    return protected, payload, sized("signature", signature, signature_size, signature_size)
+
+
+def to_be_signed(protected: bytes, payload: bytes) -> bytes:
+    """Return what the signature is over: Sig_structure of RFC 9052, section 4.4, with no external
+    data.
+    """
+    return cbor2.dumps(["Signature1", protected, b"", payload])
+
+
+def signature_to_der(signature: bytes) -> bytes:
+    """Turn r || s, as COSE has it (RFC 9053, section 2.1), into what X.509 and OpenSSL have."""
+    half = len(signature) // 2
+    return encode_dss_signature(int.from_bytes(signature[:half]), int.from_bytes(signature[half:]))
 
 
 def decode(data: bytes, name: str) -> object:

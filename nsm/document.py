@@ -19,21 +19,20 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-import cbor2
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from nsm.certificates import ES384, Link, check_certificates, check_chain, in_utc, load_chain
 from nsm.cose import (
     PAYLOAD_MAX,
-    SIGNATURE_SIZE,
     DocumentError,
     decode,
     kind_of,
     mandatory,
     optional,
     read_cose_sign1,
+    signature_to_der,
     sized,
+    to_be_signed,
 )
 from nsm.module import Source
 
@@ -366,15 +365,9 @@ def _check_signature(document: AttestationDocument, leaf: Link) -> None:
     """The document's own signature: one check refuses every change to the payload, certificates
     included.
     """
-    half = SIGNATURE_SIZE // 2
-    r, s = (
-        int.from_bytes(part, "big")
-        for part in (document.signature[:half], document.signature[half:])
-    )
-    # Sig_structure of RFC 9052, section 4.4, with no external data
-    signed = cbor2.dumps(["Signature1", document.protected, b"", document.payload])
+    signed = to_be_signed(document.protected, document.payload)
     try:
-        leaf.key.verify(encode_dss_signature(r, s), signed, ES384)
+        leaf.key.verify(signature_to_der(document.signature), signed, ES384)
     except InvalidSignature as error:
         raise DocumentError(
             "signature", "document is not signed by the key in its leaf certificate"

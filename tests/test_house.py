@@ -36,7 +36,7 @@ DONE: Final = Run(0, b"", "")
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 OURS: Final = "nitro-attestor"
 METADATA: Final = f"nitro_attestor-{attestor.__version__}"
-ROOMS: Final = ("attestor_commands", "attestor_io", "keypolicy", "nitrosim", "nsm")
+ROOMS: Final = ("attestor_commands", "attestor_eif", "attestor_io", "keypolicy", "nitrosim", "nsm")
 PRODUCT: Final = sorted(
     [
         ROOT / "attestor.py",

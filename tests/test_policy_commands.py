@@ -157,7 +157,7 @@ def test_a_pcr_that_is_asked_for_and_not_there_is_an_error(tmp_path: Path) -> No
     run = command("policy", "render", *PEOPLE, "--measurements", file, "--take", "3")
     refused(run, 2, "build.json has no PCR3\n")
     run = command("policy", "render", *PEOPLE, "--pcr", f"0={OTHER}", "--take", "0")
-    refused(run, 2, "--take needs --measurements or --document")
+    refused(run, 2, "--take needs --measurements, --eif or --document")
     assert images(render("--measurements", file)) == [dict.fromkeys("012", OTHER)]
 
 
