@@ -4,6 +4,8 @@
 decrypt without a Recipient, write the file. The key policy allows both. Machines are noisy: the
 pairs alternate, only ratios count.
 
+`attestor eif describe` of a large image against sha384sum, see bench_eif.
+
 `nsm.document.verify` of one document against a loop that does no more than check the same five
 signatures.
 
@@ -23,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from tests import bench_inject
+from tests import bench_eif, bench_inject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,6 +71,7 @@ def main() -> None:
             compare(
                 "attestor decrypt, libnsm.so / device alone", ATTESTOR, ATTESTOR, theirs_in=direct
             )
+        bench_eif.main(measure)
         bench_inject.main(measure)
     compare_verification()  # last: what it imports is not light
 
