@@ -133,8 +133,10 @@ def sign(
     with _opened(path) as source:
         with eif_errors(path):
             image = read(source)
-        mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
-        with SecretFile(path, force=True, mode=mode) as target:
+        status = os.fstat(source.fileno())
+        owner = (-1, -1) if os.geteuid() else (status.st_uid, status.st_gid)  # root keeps it
+        mode = stat.S_IMODE(status.st_mode)
+        with SecretFile(path, force=True, mode=mode, owner=owner) as target:
             try:
                 section = signature.make(signer, image.pcrs[0], make)
             except EifError as error:

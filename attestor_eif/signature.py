@@ -74,6 +74,10 @@ class SigningCertificate:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             key = certificate.public_key()
+            # what is read late by the library: nothing of it may fail where it is shown
+            _ = certificate.subject.rfc4514_string(), certificate.issuer.rfc4514_string()
+            _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+            _ = certificate.signature_algorithm_oid, certificate.signature
         except UNREADABLE as error:
             raise EifError(f"signing certificate cannot be read: {error}") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
