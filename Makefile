@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench chaos libnsm image vm-test lock clean
+.PHONY: help demo test coverage lint bench chaos libnsm image eif vm-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -20,6 +20,7 @@ help:
 	@echo 'make chaos   let every file system call fail, and signals come beside each: half an hour (needs root or user namespaces)'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
+	@echo 'make eif     an enclave image file of it; EIF_FLAGS names a kernel (enclave/build-eif --help)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
 	@echo 'make lock    renew requirements/ (needs uv)'
 	@echo 'make clean   remove what was built'
@@ -52,7 +53,7 @@ lint: $(READY)
 IMPORTS := .cache/imports
 
 SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/eif_judge/build tests/vm/run tests/vm/init tests/vm/program \
-	$(addprefix enclave/,assemble build-image buildah.sh entrypoint.sh) \
+	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
 
 bench: $(READY) transport
@@ -75,6 +76,9 @@ libnsm:
 # Debian, root, buildah and debootstrap; the virtual machine wants qemu as well. Both say what is missing.
 image:
 	enclave/build-image $(IMAGE_FLAGS)
+
+eif: $(DEMO_READY) image
+	enclave/build-eif --force --image attestor-enclave $(EIF_FLAGS) .cache/image/attestor-enclave.eif
 
 vm-test:
 	tests/vm/run

@@ -41,6 +41,7 @@ PRODUCT: Final = sorted(
     [
         ROOT / "attestor.py",
         ROOT / "bin" / "attestor",
+        ROOT / "enclave" / "initramfs",
         ROOT / "enclave" / "tell-parent",
         ROOT / "patches" / "wheel_tag.py",
         *(path for room in ROOMS for path in (ROOT / room).rglob("*.py")),
