@@ -217,6 +217,40 @@ def test_required_context_is_authenticated_by_the_message_too() -> None:
         opened(plain, safe=kms, context=ALL)
 
 
+# Written by AWS's own code: the required encryption context CMM around the default one with a KMS
+# keyring (aws-cryptographic-material-providers 1.11.3), and a KMS that answered with this data key.
+AWS_MESSAGE: Final = base64.b64decode(
+    "AgV4MI7RmewYpsElKm6u+L6PuTVGFWUNAjWPuQ73/MPkiaYAaAACABVhd3MtY3J5cHRvLXB1YmxpYy1rZXkAREEw"
+    "S3g0WlNOTDdWUFJZbkVXeXdCSllOOFU4SlNPcXVEc0pUcXRIYXdGcnFjUEdQZk5hckpDYkZFVlQ1Y2RrMk9Odz09"
+    "AARub2RlAAEzAAEAB2F3cy1rbXMAS2Fybjphd3M6a21zOmV1LXdlc3QtMToxMTExMjIyMjMzMzM6a2V5LzEyMzRh"
+    "YmNkLTEyYWItMzRjZC01NmVmLTEyMzQ1Njc4OTBhYgAQNRghUXt658UDCSa0kvMkWQIAAACA3oop46UEDOlRJB09"
+    "R+bE3q0LVTQmTIm07RG1UZcSPAWUgpEyPCiWuNv8CL9JGeLg/////wAAAAEAAAAAAAAAAAAAAAEAAAAKO1OKFxyE"
+    "veKrsPR2q2DW1qATUuY/KWJXiTgAZzBlAjBAyctLPPry/xHs4Ej5Bi3JewOC6P5LbKvJdhtfiz9dh1V4UwaA+qbk"
+    "zypc7N286TICMQCYA1y3AngUFccPY+X9BlMDoka131DWGKpFQPYvxnkbvsr9e8NDm6tCypxy5ILo4p8="
+)
+AWS_BLOB: Final = bytes.fromhex("351821517b7ae7c5030926b492f32459")
+AWS_DATA_KEY: Final = bytes.fromhex(
+    "c2342c1e955d87febb539b7c1dcad423375b770fb687329a6723d878a64878b7"
+)
+
+
+def test_a_message_of_aws_with_required_context() -> None:
+    class Aws(Kms):
+        def decrypt(self, parameters: dict[str, Any]) -> dict[str, Any]:
+            context = dict(parameters["EncryptionContext"])
+            assert parameters["CiphertextBlob"] == AWS_BLOB
+            assert context.pop("aws-crypto-public-key")
+            if context != ALL:
+                raise RefusedError("InvalidCiphertextException")
+            return {"Plaintext": AWS_DATA_KEY}
+
+    assert b"tenant" not in AWS_MESSAGE
+    assert opened(AWS_MESSAGE, safe=Aws(), context=ALL, signed=True) == b"the secret"
+    for other in (CONTEXT, {**ALL, "tenant": "y"}, {**ALL, "more": "z"}):
+        with pytest.raises(RefusedError):
+            opened(AWS_MESSAGE, safe=Aws(), context=other)
+
+
 # -- base64 text
 
 
