@@ -60,7 +60,7 @@ _ENABLE: Final = (
     "--instance-metadata-tags enabled lets it show them"
 )
 _A_TOKEN: Final = "a token"  # noqa: S105 - its name in messages
-_HOP_LIMIT: Final = (
+_HOP_LIMIT_HINT: Final = (
     "it takes connections but gives no token: a hop limit of 1 does that to containers; aws ec2 "
     "modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit 2 mends it"
 )
@@ -166,7 +166,7 @@ class Service:
         deadline = self._deadline.within(self._patience)
         with self._translated(what):
             connection = self._dial(min(_CONNECT_TIMEOUT, _left(deadline)))
-        hints = [_HOP_LIMIT] if what == _A_TOKEN else []  # once it has taken the connection
+        hints = [_HOP_LIMIT_HINT] if what == _A_TOKEN else []  # once it has taken the connection
         with connection, self._translated(what, *hints):
             connection.settimeout(_left(deadline))
             connection.sendall(request.encode())

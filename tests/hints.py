@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ROOMS: Final = ("attestor.py", "attestor_io", "attestor_commands", "keypolicy", "nsm")
 _ERRORS: Final = frozenset(
     "InputError ModuleError RefusedError UnreachableError NotAuthenticError OutputError "
-    "PolicyError Finding _no_credentials _unwritable nearest _fail".split()
+    "PolicyError Finding missing _unwritable nearest _fail".split()
 )
 _CONSTANTS: Final = ("HINT", "_NOWHERE", "_NOT_PERMITTED", "_NOT_BASE64", "_ENABLE")
 _OTHER: Final = ("keypolicy/check.py",)  # its findings are no errors of ours

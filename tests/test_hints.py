@@ -115,6 +115,8 @@ LEADS: Final = [
          f"AWS_CREDENTIAL_EXPIRATION=2020-01-01T00:00:00Z {_OPEN}", (_OPEN,)),
     Lead("somebody may be in the middle; AWS_CA_BUNDLE names the roots to trust",
          f"AWS_CA_BUNDLE={OTHER_ROOTS} {_OPEN}", (_OPEN,)),
+    Lead("use --imds-vsock", "decrypt --any-key --host-vsock 169.254.169.254=3:8002 blob out",
+         ("decrypt --any-key -f --imds-vsock 3:8002 blob out",)),
     Lead("TLS is what authenticates the answer of KMS",
          "decrypt --any-key --endpoint-url http://localhost blob out", (_OPEN,)),
     Lead("an option, AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL or endpoint_url of a profile names it",
@@ -182,6 +184,9 @@ NOTHING_TO_RUN: Final = {
          "attestor encrypt, or the AWS Encryption SDK from 2.0 on, writes one with it",
          "take a client of botocore, and call it by asyncio.to_thread",
          "is vsock-proxy running on the parent, and does it allow this endpoint?",
+         "is vsock-proxy running on the parent, and does it listen on this port?",
+         ("vsock-proxy does that if its allow list lacks the host, or if it cannot reach the host "
+          "itself"),
          "this is a bug in attestor: please report it"),
         ("a TPM that others use is in tests/test_tpm.py alone",
          "--tpm /dev/tpm0 goes around the kernel's resource manager",
@@ -193,7 +198,10 @@ NOTHING_TO_RUN: Final = {
          "aws kms ... --query CiphertextBlob --output text | base64 -d prints the bytes",
          "aws kms get-key-policy --key-id KEY --query Policy --output text prints the policy",
          ("aws ec2 modify-instance-metadata-options --instance-id ID --instance-metadata-tags "
-          "enabled lets it show them")),
+          "enabled lets it show them"),
+         ("it takes connections but gives no token: a hop limit of 1 does that to containers; aws "
+          "ec2 modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit 2 "
+          "mends it")),
         ("nitro-cli is not here",
          ("another image, kernel or instance: compare with what nitro-cli build-enclave printed, "
           "or nitro-tpm-pcr-compute"),
