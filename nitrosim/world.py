@@ -41,6 +41,8 @@ _LEFT_BEHIND: Final = tuple(
 )
 _PROXIES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _METADATA: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+# Names nothing (RFC 2606), so that nobody asks the service of the host; and says what would help
+_NO_METADATA: Final = "http://only-with-tag.nitrosim.invalid"
 _CA_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -174,7 +176,7 @@ class World:
             | (
                 {_METADATA: self._metadata.url}
                 if self._metadata
-                else {"AWS_EC2_METADATA_DISABLED": "true"}
+                else {"AWS_EC2_METADATA_DISABLED": "true", _METADATA: _NO_METADATA}
             )
         )
 

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -445,6 +446,16 @@ def test_a_wrong_context_in_a_manifest_is_explained_in_its_words(prompt: Prompt)
     assert run.status == 4, run.err
     assert "or context in the manifest and the variables in it" in run.err
     assert prompt.run("inject -f --set NODE=3 node.toml").status == 0
+
+
+def test_a_simulator_without_a_metadata_service_says_what_starts_one(enclave: Enclave) -> None:
+    """And does not lead to that of the host, which may refuse, or answer."""
+    nitrosim = [sys.executable, "-m", "nitrosim.cli", "run"]
+    command = ["--", sys.executable, "-m", "attestor", "metadata", "placement/region"]
+    run = enclave.run(*nitrosim, *command)
+    assert run.status == 5, run.err
+    assert "only-with-tag.nitrosim" in run.error
+    assert enclave.run(*nitrosim, "--tag", "a=b", *command).out == b"eu-west-1\n"
 
 
 def test_an_endpoint_of_another_region_does_not_blame_the_secret_key(enclave: Enclave) -> None:
