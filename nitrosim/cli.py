@@ -64,67 +64,66 @@ def _complete_fault(_context: object, _option: object, incomplete: str) -> list[
     return [name for name in FAULTS if name.startswith(incomplete)]
 
 
+_WORLD_OPTIONS: Final = (
+    click.option(
+        "--pcr",
+        "pcrs",
+        metavar="N=HEX",
+        multiple=True,
+        help="a PCR of the enclave, repeatable",
+    ),
+    click.option(
+        "--debug-mode",
+        "debug",
+        is_flag=True,
+        help="an enclave in debug mode: PCR0, 1, 2 and 8 are zero",
+    ),
+    click.option(
+        "--nitrotpm",
+        is_flag=True,
+        help="an EC2 instance with a NitroTPM at /dev/tpmrm0, in the place of an enclave",
+    ),
+    click.option(
+        "--tpm-pcr",
+        "tpm_pcrs",
+        metavar="N=HEX",
+        multiple=True,
+        help="a PCR of the NitroTPM, repeatable",
+    ),
+    click.option(
+        "--key-policy",
+        metavar="FILE",
+        help='JSON policy of alias/nitrosim; "-" is standard input',
+    ),
+    click.option("--principal", metavar="ARN", help="whose credentials the command gets"),
+    click.option("--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"),
+    click.option(
+        "--fault",
+        "faults",
+        metavar="NAME",
+        multiple=True,
+        shell_complete=_complete_fault,
+        help='what goes wrong, one of each layer; "nitrosim faults" lists them',
+    ),
+    click.option(
+        "--tag",
+        "tags",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="a tag of the instance, repeatable; starts the metadata service",
+    ),
+    click.option(
+        "--clock-skew",
+        metavar="SECONDS",
+        type=click.FloatRange(-1e6, 1e6),
+        default=0.0,
+        help="how far the clock of KMS is ahead",
+    ),
+)
+
+
 def _world_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(
-        (
-            click.option(
-                "--pcr",
-                "pcrs",
-                metavar="N=HEX",
-                multiple=True,
-                help="a PCR of the enclave, repeatable",
-            ),
-            click.option(
-                "--debug-mode",
-                "debug",
-                is_flag=True,
-                help="an enclave in debug mode: PCR0, 1, 2 and 8 are zero",
-            ),
-            click.option(
-                "--nitrotpm",
-                is_flag=True,
-                help="an EC2 instance with a NitroTPM at /dev/tpmrm0, in the place of an enclave",
-            ),
-            click.option(
-                "--tpm-pcr",
-                "tpm_pcrs",
-                metavar="N=HEX",
-                multiple=True,
-                help="a PCR of the NitroTPM, repeatable",
-            ),
-            click.option(
-                "--key-policy",
-                metavar="FILE",
-                help='JSON policy of alias/nitrosim; "-" is standard input',
-            ),
-            click.option("--principal", metavar="ARN", help="whose credentials the command gets"),
-            click.option(
-                "--envelope", metavar="FORM", default="kms", help=f"{_FORMS}  [default: kms]"
-            ),
-            click.option(
-                "--fault",
-                "faults",
-                metavar="NAME",
-                multiple=True,
-                shell_complete=_complete_fault,
-                help='what goes wrong, one of each layer; "nitrosim faults" lists them',
-            ),
-            click.option(
-                "--tag",
-                "tags",
-                metavar="NAME=VALUE",
-                multiple=True,
-                help="a tag of the instance, repeatable; starts the metadata service",
-            ),
-            click.option(
-                "--clock-skew",
-                metavar="SECONDS",
-                type=click.FloatRange(-1e6, 1e6),
-                default=0.0,
-                help="how far the clock of KMS is ahead",
-            ),
-        )
-    ):
+    for option in reversed(_WORLD_OPTIONS):
         command = option(command)
     return command
 

@@ -17,7 +17,7 @@ _ERRORS: Final = frozenset(
     "InputError ModuleError RefusedError UnreachableError NotAuthenticError OutputError "
     "PolicyError Finding missing _unwritable nearest _fail".split()
 )
-_CONSTANTS: Final = ("HINT", "_NOWHERE", "_NOT_PERMITTED", "_NOT_BASE64", "_ENABLE")
+_CONSTANTS: Final = ("HINT", "_NOWHERE", "_NOT_PERMITTED", "_NOT_BASE64", "_ENABLE", "_HOP_LIMIT")
 _OTHER: Final = ("keypolicy/check.py",)  # its findings are no errors of ours
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

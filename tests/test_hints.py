@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from nitrosim.kms import default_policy, role_of
 from nitrosim.module import DEFAULT_PCRS, SoftwareNsm
 from nitrosim.world import World
+from nsm.document import AttestationDocument
 from tests.conftest import ROOT, Enclave
 from tests.forked import ForkServer
 from tests.hints import all_hints
@@ -109,15 +110,13 @@ LEADS: Final = [
           "encrypt -f --public-key rsa.der --algorithm RSAES_OAEP_SHA_256 plain enc")),
     # surroundings
     Lead("set the clock, and try again", f"CLOCK_AHEAD=9000 {_OPEN}", (_OPEN,)),
-    Lead("set the clock of this enclave", "CLOCK_AHEAD=-9000 doctor blob", ("doctor blob",)),
+    Lead("set the clock of this {}", "CLOCK_AHEAD=-9000 doctor blob", ("doctor blob",)),
     Lead("in an enclave the parent must pass them on, and renew them when they expire",
          f"AWS_ACCESS_KEY_ID= AWS_SECRET_ACCESS_KEY= {_OPEN}", (_OPEN,)),
     Lead("they are expired: renew them",
          f"AWS_CREDENTIAL_EXPIRATION=2020-01-01T00:00:00Z {_OPEN}", (_OPEN,)),
     Lead("somebody may be in the middle; AWS_CA_BUNDLE names the roots to trust",
          f"AWS_CA_BUNDLE={OTHER_ROOTS} {_OPEN}", (_OPEN,)),
-    Lead("use --imds-vsock", "decrypt --any-key --host-vsock 169.254.169.254=3:8002 blob out",
-         ("decrypt --any-key -f --imds-vsock 3:8002 blob out",)),
     Lead("TLS is what authenticates the answer of KMS",
          "decrypt --any-key --endpoint-url http://localhost blob out", (_OPEN,)),
     Lead("an option, AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL or endpoint_url of a profile names it",
@@ -128,6 +127,8 @@ LEADS: Final = [
          "NSM_LIBRARY=/nowhere doctor blob", ("doctor blob",)),
     Lead("a real enclave's is AWS's; --root FILE trusts another, $NITROSIM_NSM_ROOT nitrosim's",
          "doctor blob", ("doctor --root $NITROSIM_NSM_ROOT blob",)),
+    Lead("use --imds-vsock", "decrypt --any-key --host-vsock 169.254.169.254=3:8002 blob out",
+         ("decrypt --any-key -f --imds-vsock 3:8002 blob out",)),
     # documents
     Lead("--root FILE trusts another root; nitrosim's is in $NITROSIM_NSM_ROOT",
          "verify --any-image doc", ("verify --any-image --root $NITROSIM_NSM_ROOT doc",)),
@@ -161,6 +162,8 @@ LEADS: Final = [
              (f"{_EXPLAIN} --key-id $KEY {then}",))
         for then in ("--root $ROOT --document doc", "--pcr 0=$PCR0")
     ),
+    Lead("use a key for each", f"{_RENDER} --pcr 0=$PCR0 --nitrotpm-pcr 4=$PCR0",
+         (f"{_RENDER} --pcr 0=$PCR0", f"{_RENDER} --nitrotpm-pcr 7=$PCR0")),
     # manifests
     Lead('context = { name = "value" } binds it, or say unbound = true',
          "inject -f no-context.toml",
@@ -184,10 +187,10 @@ NOTHING_TO_RUN: Final = {
          "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock",
          "attestor encrypt, or the AWS Encryption SDK from 2.0 on, writes one with it",
          "take a client of botocore, and call it by asyncio.to_thread",
-         "is vsock-proxy running on the parent, and does it allow this endpoint?",
          "is vsock-proxy running on the parent, and does it listen on this port?",
          ("vsock-proxy does that if its allow list lacks the host, or if it cannot reach the host "
           "itself"),
+         "is vsock-proxy running on the parent, and does it allow this endpoint?",
          "this is a bug in attestor: please report it"),
         ("a TPM that others use is in tests/test_tpm.py alone",
          "--tpm /dev/tpm0 goes around the kernel's resource manager",
@@ -200,9 +203,9 @@ NOTHING_TO_RUN: Final = {
          "aws kms get-key-policy --key-id KEY --query Policy --output text prints the policy",
          ("aws ec2 modify-instance-metadata-options --instance-id ID --instance-metadata-tags "
           "enabled lets it show them"),
-         ("it takes connections but gives no token: a hop limit of 1 does that to containers; aws "
-          "ec2 modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit 2 "
-          "mends it")),
+         ("it takes connections but gives no token: a hop limit of 1 does that to containers; "
+          "aws ec2 modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit "
+          "2 mends it")),
         ("nitro-cli is not here",
          ("another image, kernel or instance: compare with what nitro-cli build-enclave printed, "
           "or nitro-tpm-pcr-compute"),
@@ -262,15 +265,15 @@ def prompt(tmp_path_factory: pytest.TempPathFactory, preload: Path) -> Iterator[
     folder = tmp_path_factory.mktemp("prompt")
     with World() as world:
         enclave = Enclave(world, folder)
-        then = datetime.now(UTC) - timedelta(hours=6)
-        fill(enclave, then)
+        fill(enclave)
+        old = AttestationDocument.parse((folder / "old.doc").read_bytes())
         words = {
             "KEY": world.kms.key_arn,
             "ROLE": role_of(world.kms.principal),
             "ROOT": enclave.environment["NITROSIM_NSM_ROOT"],
             "NITROSIM_NSM_ROOT": enclave.environment["NITROSIM_NSM_ROOT"],
             "PCR0": DEFAULT_PCRS[0].hex(),
-            "THEN": then.isoformat(timespec="seconds"),
+            "THEN": (old.signed_at + timedelta(minutes=1)).isoformat(timespec="seconds"),
             "OUTPUT": "",
         }
         environment = enclave.environment | {
@@ -286,7 +289,7 @@ def prompt(tmp_path_factory: pytest.TempPathFactory, preload: Path) -> Iterator[
             yield made
 
 
-def fill(enclave: Enclave, then: datetime) -> None:
+def fill(enclave: Enclave) -> None:
     """Place what the lines name."""
     blob = enclave.encrypt()
     while not {b"+", b"/"} & set(re.findall(rb"[+/]", base64.b64encode(blob))):
