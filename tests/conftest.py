@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.SIG_DFL)
 
+OPERATOR: Final = botocore.session.Session()  # one for all: it reads the SDK's data once
 ROOT: Final = Path(__file__).parent.parent
 VECTORS: Final = ROOT.parent / "shared" / "vectors"
 
@@ -54,11 +56,11 @@ class Enclave:
         self.folder = folder
         self.environment = world.environment(os.environ) | {"PYTHONPATH": str(ROOT)}
 
-    @property
+    @functools.cached_property
     def kms(self) -> Any:
         """A plain client of the KMS, as the operator has it."""
         credentials = self.world.kms.credentials
-        return botocore.session.Session().create_client(
+        return OPERATOR.create_client(
             "kms",
             region_name=self.world.kms.region,
             endpoint_url=self.environment["AWS_ENDPOINT_URL_KMS"],
