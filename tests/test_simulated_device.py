@@ -13,6 +13,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -38,7 +39,7 @@ from nitrosim.pki import NsmPki, TlsPki
 from nsm import document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from nitrosim.device import Module
 
@@ -834,6 +835,75 @@ def test_shim_is_compiled_once(tmp_path: Path) -> None:
     assert build_shim(tmp_path / "cache") == first
     assert first.stat() == made
     assert list((tmp_path / "cache").iterdir()) == [first]
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the shim is kept for every user, in a temporary folder as /tmp is."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "private"))
+    return folder / f"nitrosim-{os.geteuid()}"
+
+
+def test_the_shim_is_kept_where_every_user_can_read_it(shared: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        library = build_shim()
+    finally:
+        os.umask(before)
+    assert library.parent == shared
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o755
+    assert stat.S_IMODE(library.stat().st_mode) == 0o755
+    shared.chmod(0o700)
+    assert build_shim() == library
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o755
+
+
+def planted_folder(shared: Path) -> None:
+    shared.mkdir()
+    shared.chmod(0o777)
+
+
+def planted_link(shared: Path) -> None:
+    (shared.parent / "theirs").mkdir(mode=0o755)
+    shared.symlink_to(shared.parent / "theirs")
+
+
+def planted_file(shared: Path) -> None:
+    shared.touch()
+
+
+def movable(shared: Path) -> None:
+    shared.parent.chmod(0o777)
+
+
+@pytest.mark.parametrize("plant", [planted_folder, planted_link, planted_file, movable])
+def test_nobody_else_puts_a_shim_in_the_way(
+    shared: Path, tmp_path: Path, plant: Callable[[Path], None]
+) -> None:
+    plant(shared)
+    assert build_shim().parent == tmp_path / "private" / "nitrosim"
+    assert not list((shared.parent / "theirs").glob("*"))
+
+
+def test_a_folder_of_somebody_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Path
+) -> None:
+    other = os.geteuid() + 1
+    shared.with_name(f"nitrosim-{other}").mkdir(mode=0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert build_shim().parent == tmp_path / "private" / "nitrosim"
+
+
+def test_a_path_that_cannot_be_preloaded_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a b"))
+    assert build_shim().parent == tmp_path / "private" / "nitrosim"
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
