@@ -523,10 +523,11 @@ def test_the_json_of_explain(enclave: Enclave) -> None:
         "action": "kms:Decrypt",
         "resource": f"arn:aws:kms:*:{ACCOUNT}:key/*",
         "context": {"node": "3"},
+        "nitrotpm_pcrs": {},
         "undetermined": [],
         "not_evaluated": list(NOT_EVALUATED),
     }
-    assert set(document) == {"module_id", "signed_at", "age_seconds", "debug_mode"}
+    assert set(document) == {"source", "module_id", "signed_at", "age_seconds", "debug_mode"}
     assert document["module_id"] == DEFAULT_MODULE_ID
     assert statements[1].pop("reasons")
     assert statements[1] == {
