@@ -163,10 +163,12 @@ def section_header(kind: Kind, size: int) -> bytes:
     return _SECTION_HEADER.pack(kind, 0, size)
 
 
-def parse_section_header(data: bytes, index: int, size: int) -> Kind:
-    """Read the header of section `index`, whose contents have `size` bytes by the table.
+def parse_section_header(data: bytes, index: int, sizes: Sequence[int]) -> tuple[Kind, int]:
+    """Read the header of section `index`, from 1: its type, and how many bytes its contents have.
 
-    Raises EifError.
+    `sizes` are those of the header of the file, which must say the same. But for a signature that
+    comes last: AWS's `sign-eif` leaves the table as it was where it replaces one by another of
+    another size (eif_signer.rs of the crate, 0.8.1). Raises EifError.
     """
     number, flags, own_size = _SECTION_HEADER.unpack(data)
     try:
@@ -176,11 +178,12 @@ def parse_section_header(data: bytes, index: int, size: int) -> Kind:
         raise EifError(f"section {index} is of type {number}, expected {known}") from None
     if flags:
         raise EifError(f"section {index}, the {kind}, has the flags {flags:#06x}, expected 0")
-    if own_size != size:
+    size = sizes[index - 1]
+    if own_size != size and not (kind is Kind.SIGNATURE and index == len(sizes)):
         raise EifError(
             f"section {index}, the {kind}, has {own_size} bytes by its own header, and {size} by "
             "the header of the file"
         )
-    if size > SIZE_MAX[kind]:
-        raise EifError(f"{kind} has {size} bytes, expected at most {SIZE_MAX[kind]}")
-    return kind
+    if own_size > SIZE_MAX[kind]:
+        raise EifError(f"{kind} has {own_size} bytes, expected at most {SIZE_MAX[kind]}")
+    return kind, own_size

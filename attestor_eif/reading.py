@@ -72,9 +72,9 @@ def read(stream: Stream) -> Image:
     header = Header.parse(source.header())
     measured, contents = Measurement(), {}
     sections: list[Section] = []
-    for index, (offset, size) in enumerate(zip(header.offsets, header.sizes, strict=False), 1):
-        where = f"the header of section {index}"
-        kind = parse_section_header(source.exactly(SECTION_HEADER_SIZE, where), index, size)
+    for index, offset in enumerate(header.offsets[:-1], 1):
+        head = source.exactly(SECTION_HEADER_SIZE, f"the header of section {index}")
+        kind, size = parse_section_header(head, index, header.sizes)
         sections.append(Section(kind, offset, size))
         _check_order([section.kind for section in sections])
         if kind in {Kind.KERNEL, Kind.RAMDISK}:

@@ -514,6 +514,20 @@ def test_a_certificate_of_one_line_ending_or_another() -> None:
     )
 
 
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_size_that_sign_eif_of_aws_has_left_behind(by: int) -> None:
+    """Of the last signature alone: the others tell what is measured."""
+    data = signed(PLAIN, US)
+    last = loaded(data).sections[-1]
+    stale = changed(data, SIZES + 8 * 5, struct.pack(">Q", last.size + by))
+    assert loaded(stale).pcrs == loaded(data).pcrs
+    assert loaded(stale).size == len(data)
+    parts = [(part.kind, data[part.contents : part.end]) for part in loaded(data).sections]
+    amid = assembled([*parts[:3], parts[-1], *parts[3:-1]])
+    with pytest.raises(EifError, match=r"section 5 begins at byte \d+, expected \d+: it"):
+        loaded(changed(amid, SIZES + 8 * 3, struct.pack(">Q", last.size + by)))
+
+
 def test_two_signatures() -> None:
     data = signed(PLAIN, US)
     image = loaded(data)
