@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _PATHS: Final = ("LD_PRELOAD", "NITROSIM_NSM_SOCKET", "NITROSIM_TPM_SOCKET")
 _DEVICE: Final = "/dev/nsm"
+_TPM_DEVICE: Final = "/dev/tpmrm0"
 _FORMS: Final = "kms, kms-chunks, kms-primitive, localstack"
 
 
@@ -363,7 +364,7 @@ def _container(world: Any, environment: dict[str, str]) -> list[str]:
     paths = {str(Path(environment[name]).parent) for name in _PATHS if name in environment}
     folders = sorted({str(world.folder), *paths})
     volumes = "".join(f" --volume {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
-    device = f" --device {shlex.quote(_mapping(world.device))}" if world.device else ""
+    device = f" --device {shlex.quote(_mapping(world))}" if world.device else ""
     variables = "".join(f" --env {name}" for name in sorted(environment))
     return [
         (
@@ -374,9 +375,10 @@ def _container(world: Any, environment: dict[str, str]) -> list[str]:
     ]
 
 
-def _mapping(device: Path) -> str:
+def _mapping(world: Any) -> str:
     """A device as a container gets it: at /dev/nsm, whatever it is called here."""
-    return str(device) if device == Path(_DEVICE) else f"{device}:{_DEVICE}"
+    device, usual = world.device, _TPM_DEVICE if world.tpm else _DEVICE
+    return str(device) if device == Path(usual) else f"{device}:{usual}"
 
 
 def main() -> NoReturn:

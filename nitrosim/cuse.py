@@ -30,7 +30,7 @@ import stat
 import struct
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from nitrosim.device import SimulatorError
 from nsm.device import DEVICE, NSM_IOCTL_RAW
@@ -128,7 +128,9 @@ def _retry(incoming: Iterable[tuple[int, int]], outgoing: Iterable[tuple[int, in
     return IOCTL_OUT.pack(0, _RETRY, len(incoming), len(outgoing)) + pieces
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
+    """A call on the device that ends with an errno."""
+
     def __init__(self, number: int) -> None:
         super().__init__(errno.errorcode[number])
         self.number = number
@@ -156,7 +158,7 @@ class Dialogue:
         try:
             body = self._perform(message)
             answer = None if body is None else reply(message.unique, body)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             answer = refusal(message.unique, refused.number)
         if answer is not None:
             self.unanswered.discard(message.unique)
@@ -179,15 +181,15 @@ class Dialogue:
             return b""
         # As a device without the operation; ENOSYS to a poll makes the kernel answer it by itself,
         # always ready
-        raise _RefusedError(errno.EINVAL if message.opcode in {READ, WRITE} else errno.ENOSYS)
+        raise RefusedError(errno.EINVAL if message.opcode in {READ, WRITE} else errno.ENOSYS)
 
     def _init(self, body: bytes) -> bytes:
         """What the device is called, and that an ioctl may ask for any of its caller's memory."""
         if len(body) < INIT_IN.size:
-            raise _RefusedError(errno.EINVAL)
+            raise RefusedError(errno.EINVAL)
         major, minor, _, flags = INIT_IN.unpack_from(body)
         if major != _MAJOR or minor < _OLDEST or not flags & _UNRESTRICTED_IOCTL:
-            raise _RefusedError(errno.EPROTO)
+            raise RefusedError(errno.EPROTO)
         sizes = (_TRANSFER_MAX, _TRANSFER_MAX)
         kernel_chooses = (0, 0)
         settings = INIT_OUT.pack(_MAJOR, _MINOR, 0, _UNRESTRICTED_IOCTL, *sizes, *kernel_chooses)
@@ -195,16 +197,16 @@ class Dialogue:
 
     def _ioctl(self, body: bytes) -> bytes | None:
         if len(body) < IOCTL_IN.size:
-            raise _RefusedError(errno.EINVAL)
+            raise RefusedError(errno.EINVAL)
         _, _, command, argument, in_size, out_size = IOCTL_IN.unpack_from(body)
         data = body[IOCTL_IN.size :]
         if command != NSM_IOCTL_RAW or len(data) != in_size:
-            raise _RefusedError(errno.EINVAL)
+            raise RefusedError(errno.EINVAL)
         raw_piece = (argument, NSM_RAW.size)
         if in_size == 0:
             return _retry([raw_piece])
         if in_size < NSM_RAW.size:
-            raise _RefusedError(errno.EINVAL)
+            raise RefusedError(errno.EINVAL)
         raw, request = data[: NSM_RAW.size], data[NSM_RAW.size :]
         if not request:
             request_piece, response_piece = _pieces(raw)
@@ -217,12 +219,12 @@ class Dialogue:
         Its sizes are those that were checked, whatever struct nsm_raw says by now.
         """
         if len(request) > REQUEST_MAX or room < 0:
-            raise _RefusedError(errno.EINVAL)
+            raise RefusedError(errno.EINVAL)
         if getattr(self._module, "silent", False):
             return None
         answer = self._module.answer(request)[:RESPONSE_MAX]
         if not answer:
-            raise _RefusedError(errno.EIO)
+            raise RefusedError(errno.EIO)
         written = answer[:room]
         request_address, request_length, response_address, _ = NSM_RAW.unpack(raw)
         returned = NSM_RAW.pack(request_address, request_length, response_address, len(written))
@@ -241,9 +243,9 @@ def _pieces(raw: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
     """Where the caller has its request, and where it wants its response, as struct nsm_raw says."""
     request_address, request_length, response_address, response_length = NSM_RAW.unpack(raw)
     if request_length > REQUEST_MAX:
-        raise _RefusedError(errno.EMSGSIZE)
+        raise RefusedError(errno.EMSGSIZE)
     if request_length == 0:  # the driver would queue a buffer of no size, which virtio has not
-        raise _RefusedError(errno.EINVAL)
+        raise RefusedError(errno.EINVAL)
     return (request_address, request_length), (response_address, min(response_length, RESPONSE_MAX))
 
 
@@ -256,9 +258,11 @@ class CuseDevice:
     EIO. Raises SimulatorError when it cannot be started.
     """
 
+    _dialogue_type: ClassVar[type[Dialogue]] = Dialogue
+
     def __init__(self, module: Module, path: Path = Path(DEVICE)) -> None:
         self.path = path
-        self._dialogue = Dialogue(module, _name(path))
+        self._dialogue = self._dialogue_type(module, _name(path))
         with contextlib.ExitStack() as cleanup:
             self._channel = cleanup.enter_context(
                 _open_channel()

@@ -86,7 +86,7 @@ class World:
         chosen = _by_layer(faults)
         _check_kind(
             nitrotpm=nitrotpm,
-            of_enclave={"pcr": pcrs, "debug-mode": debug, "vsock": vsock, "device": device},
+            of_enclave={"pcr": pcrs, "debug-mode": debug, "vsock": vsock},
             of_nitrotpm={"tpm-pcr": tpm_pcrs},
         )
         module_id = tpm.DEFAULT_MODULE_ID if nitrotpm else module.DEFAULT_MODULE_ID
@@ -206,12 +206,19 @@ class World:
 
     def _new_device(self) -> SimulatedDevice | CuseDevice:
         if self.tpm is not None:
-            return SimulatedTpm(self.tpm, folder=self.folder)
+            return self._new_tpm(self.tpm)
         if self.device is None:
             return SimulatedDevice(self.module, folder=self.folder)
         from nitrosim.cuse import CuseDevice
 
         return CuseDevice(self.module, self.device)
+
+    def _new_tpm(self, software: tpm.SoftwareTpm) -> SimulatedDevice | CuseDevice:
+        if self.device is None:
+            return SimulatedTpm(software, folder=self.folder)
+        from nitrosim.cuse_tpm import CuseTpm
+
+        return CuseTpm(software, self.device)
 
     def _parent(self, metadata_port: int) -> Parent:
         from nitrosim.parent import Parent, Ports, listeners

@@ -458,7 +458,7 @@ def test_what_a_container_is_told(enclave: Enclave) -> None:
     """Any image can be in the world of a real device; shim and socket are not needed there."""
     environment = {"AWS_REGION": "eu-west-1"}
     for device, option in (("/dev/nsm", "/dev/nsm"), ("/dev/nsm-two", "/dev/nsm-two:/dev/nsm")):
-        world = SimpleNamespace(folder=enclave.world.folder, device=Path(device))
+        world = SimpleNamespace(folder=enclave.world.folder, device=Path(device), tpm=None)
         first, second = _container(world, environment)
         assert "any image" in first
         assert (
