@@ -35,6 +35,7 @@ _COMMAND_MAX: Final = 4096
 FAULTS: Final[Mapping[str, str]] = {
     "tpm-other-vendor": "the TPM is somebody else's, not Nitro's",
     "tpm-no-nsm": "the TPM does not know Amazon's command, as behind an old resource manager",
+    "tpm-unlisted-nsm": "the TPM does not list Amazon's command, which it knows",
     "tpm-no-room": "the TPM has no room for another index",
     "tpm-owner-password": "the owner of the TPM has set a password",
     "tpm-busy": "the TPM asks to send each first command again",
@@ -99,6 +100,7 @@ _NV_RANGE, _NV_AUTHORIZATION, _NV_UNINITIALIZED = 0x146, 0x149, 0x14A
 _NV_SPACE, _NV_DEFINED = 0x14B, 0x14C
 _LOCKOUT, _RETRY = 0x921, 0x922
 _PARAMETER: Final = 0x040
+_COMMAND: Final = 1 << 29 | 0xFFFF  # of a TPMA_CC
 _RESOURCE_MANAGER: Final = 0xB_0000
 
 
@@ -270,11 +272,13 @@ class SoftwareTpm:
     # ---- commands, part 3
 
     def _capability(self, _: list[int], reader: _Reader) -> bytes:
-        """TPM2_GetCapability (30.2) of handles of indexes, and of properties."""
+        """TPM2_GetCapability (30.2) of handles of indexes, of commands, and of properties."""
         capability, first, count = reader.number(4), reader.number(4), reader.number(4)
         reader.end()
         if capability == 1:
             found = [(handle,) for handle in sorted(self.indexes) if handle >= first]
+        elif capability == 2:
+            found = [(code,) for code in self._listed_commands() if code & _COMMAND >= first]
         elif capability == 6:
             found = [pair for pair in sorted(self._properties().items()) if pair[0] >= first]  # type: ignore[misc]
         else:
@@ -282,6 +286,15 @@ class SoftwareTpm:
         listed = b"".join(number.to_bytes(4, "big") for item in found[:count] for number in item)
         head = struct.pack(">BII", len(found) > count, capability, len(found[:count]))
         return head + listed
+
+    def _listed_commands(self) -> list[int]:
+        """TPMA_CC (part 2, 8.9): the number of a command, a vendor's bit, and its handles."""
+        hidden = {0x2000_0001} if self._fault in {"tpm-no-nsm", "tpm-unlisted-nsm"} else set()
+        return [
+            code | command.handles << 25
+            for code, command in sorted(self._commands.items())
+            if code not in hidden
+        ]
 
     def _properties(self) -> dict[int, int]:
         """TPM_PT (part 2, 6.13)."""

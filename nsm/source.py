@@ -39,7 +39,7 @@ def find_transport() -> Transport:
     """
     source, tpm = chosen(os.environ)
     if source == "nitrotpm":
-        return _nitrotpm(tpm or _TPM_DEVICE)
+        return _nitrotpm(tpm)
     return _nitrotpm_instead_of_nsm() if _is_instance(source) else _nsm()
 
 
@@ -94,17 +94,17 @@ def _nsm() -> Transport:
     return Device()
 
 
-def _nitrotpm(path: str) -> Transport:
+def _nitrotpm(path: str | None) -> Transport:
     from nsm.tpm import NitroTpm
     from nsm.tpm2 import DeviceNode
 
-    return NitroTpm(DeviceNode(path))
+    return NitroTpm(DeviceNode(path)) if path else NitroTpm.on_this_machine()
 
 
 def _nitrotpm_instead_of_nsm() -> Transport:
     """The TPM of a machine without /dev/nsm, which may be any machine's: say both."""
     try:
-        return _nitrotpm(_TPM_DEVICE)
+        return _nitrotpm(None)
     except NsmError as error:
         if error.errno == errno.ENODEV and error.operation == "open":
             said = str(error).rpartition("): ")[2]

@@ -21,6 +21,8 @@ from nsm.module import REQUEST_MAX, Description, ErrorCode, Pcr, Source
 from nsm.tpm2 import (
     AUTH_READ,
     AUTH_WRITE,
+    BARE_DEVICE,
+    DEVICE,
     FIRMWARE_VERSIONS,
     PCR_COUNT,
     RC_HANDLE,
@@ -38,6 +40,7 @@ from nsm.tpm2 import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Self
 
 VENDOR: Final = "NitroTPM"
 INDEX_SIZE: Final = 8192  # request and answer, whichever is larger; as Amazon's own client
@@ -69,6 +72,21 @@ class NitroTpm:
         except BaseException:
             self._tpm.close()
             raise
+
+    @classmethod
+    def on_this_machine(cls) -> Self:
+        """The TPM through /dev/tpmrm0, which processes share, or through /dev/tpm0 where the
+        resource manager in front of it would not pass Amazon's command on.
+        """
+        shared = cls(DeviceNode(DEVICE))
+        try:
+            passes = shared._tpm.lists_nsm_request()
+        except TpmError:
+            passes = False
+        if passes:
+            return shared
+        shared.close()
+        return cls(DeviceNode(BARE_DEVICE))
 
     def describe(self) -> Description:
         """The firmware's version, and the module's id as a document tells it."""

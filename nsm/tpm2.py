@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DEVICE: Final = "/dev/tpmrm0"
+BARE_DEVICE: Final = "/dev/tpm0"  # without the kernel's resource manager, for one process at a time
 PCR_COUNT: Final = 24  # of the PC Client platform
 SHA384_SIZE: Final = 48
 
@@ -54,7 +55,9 @@ _NAMES: Final = {
 _OWNER: Final = 0x4000_0001  # TPM_RH_OWNER, part 2, 7.4
 _PASSWORD: Final = 0x4000_0009  # TPM_RS_PW, same place
 _SHA256, _SHA384 = 0x000B, 0x000C  # TPM_ALG_ID, part 2, 6.3
-_CAP_HANDLES, _CAP_PROPERTIES = 1, 6  # TPM_CAP, part 2, 6.12
+_CAP_HANDLES, _CAP_COMMANDS, _CAP_PROPERTIES = 1, 2, 6  # TPM_CAP, part 2, 6.12
+# TPMA_CC, part 2, 8.9: the number of a command, and whether it is a vendor's
+_COMMAND_OF: Final = 1 << 29 | 0xFFFF
 
 # TPM_PT, part 2, 6.13
 VENDOR_STRINGS: Final = (0x106, 0x107, 0x108, 0x109)
@@ -261,6 +264,16 @@ class Tpm2:
         found = [listed.number(4) for _ in range(listed.number(4))]
         listed.end()
         return found
+
+    def lists_nsm_request(self) -> bool:
+        """TPM2_GetCapability (30.2): whether Amazon's command is in the TPM's list of commands.
+
+        The kernel's resource manager passes on what is in that list alone.
+        """
+        listed = self._capability(_CAP_COMMANDS, _NSM_REQUEST, 1)
+        found = [listed.number(4) for _ in range(listed.number(4))]
+        listed.end()
+        return any(attributes & _COMMAND_OF == _NSM_REQUEST for attributes in found)
 
     def _capability(self, capability: int, first: int, count: int) -> _Reader:
         """The list in a TPMS_CAPABILITY_DATA (part 2, 10.10.2)."""

@@ -191,12 +191,36 @@ def test_all_faults_of_the_tpm_are_tested_here() -> None:
         for mark in test_every_fault_is_named.pytestmark  # type: ignore[attr-defined]
         if mark.name == "parametrize"
     ]
-    assert set(simulator.FAULTS) - {"tpm-busy"} <= {case[0] for case in mark.args[1]}
+    assert set(simulator.FAULTS) - {"tpm-busy", "tpm-unlisted-nsm"} <= {
+        case[0] for case in mark.args[1]
+    }
 
 
 def test_a_busy_tpm_is_asked_again(pki: NsmPki) -> None:
     with Nsm(NitroTpm(InProcess(SoftwareTpm(pki, fault="tpm-busy")))) as module:
         assert module.attest(public_key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("fault", "node"),
+    [(None, "/dev/tpmrm0"), ("tpm-unlisted-nsm", "/dev/tpm0"), ("tpm-no-nsm", "/dev/tpm0")],
+)
+def test_the_bare_device_where_the_resource_manager_would_not_do(
+    pki: NsmPki, monkeypatch: pytest.MonkeyPatch, fault: str | None, node: str
+) -> None:
+    """It passes on what the TPM lists; that is asked before anything else is."""
+    tpm = SoftwareTpm(pki, fault=fault)
+    opened: list[InProcess] = []
+
+    def open_node(path: str) -> InProcess:
+        opened.append(InProcess(tpm))
+        opened[-1].name = path
+        return opened[-1]
+
+    monkeypatch.setattr("nsm.tpm.DeviceNode", open_node)
+    with Nsm(NitroTpm.on_this_machine()) as module:
+        assert module.transport_name == node
+    assert [channel.closed for channel in opened] == [1] * len(opened)
 
 
 def test_a_refused_open_closes_the_device(pki: NsmPki) -> None:
@@ -438,10 +462,8 @@ class Stream:
 
     name = "swtpm"
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(60)
-        self._socket.connect(str(path))
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
 
     def exchange(self, command: bytes) -> bytes:
         self._socket.sendall(command)
@@ -457,6 +479,19 @@ class Stream:
         self._socket.close()
 
 
+def _connected(path: Path) -> Stream:
+    """A channel to a swtpm that is starting: its socket is there before it listens."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(60)
+    for _ in range(600):
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            connection.connect(str(path))
+            return Stream(connection)
+        time.sleep(0.05)
+    connection.close()
+    return pytest.fail("swtpm does not start")
+
+
 @pytest.fixture
 def swtpm(tmp_path: Path) -> Iterator[Stream]:
     path = tmp_path / "tpm.sock"
@@ -470,13 +505,8 @@ def swtpm(tmp_path: Path) -> Iterator[Stream]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(600):
-            if path.exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        channel = Stream(path)
-        yield channel
-        channel.close()
+        with contextlib.closing(_connected(path)) as channel:
+            yield channel
     finally:
         process.kill()
         process.wait()
@@ -524,6 +554,7 @@ def test_swtpm_takes_the_standard_commands(swtpm: Stream) -> None:
     chunk = tpm.properties(0x12C, 1)[0x12C]
     largest = tpm.properties(0x117, 1)[0x117]
     assert vendor(tpm).startswith("SW")
+    assert not tpm.lists_nsm_request()
     assert len(tpm.pcr(0)) == len(tpm.pcr(23)) == 48
     assert tpm.pcr(17) == b"\xff" * 48
     assert tpm.random(16) != tpm.random(16)
