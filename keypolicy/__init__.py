@@ -15,8 +15,9 @@ Sources: "IAM JSON policy elements reference" and "Policy evaluation logic" of t
 
 This package imports nothing else of the project, and its files import downwards only, in this
 order: `check` over `parents` and `openings`, which ask `evaluate`; that over `callers`, `keys` and
-`operators`; beside them `render`, `pcr_values`, `findings` and `measure`; all over `model`. Three
-of them are named like their function, which is what the package's attribute of that name is.
+`operators`; beside them `render`, `pcr_values`, `findings`, `nitrotpm` and `measure`; all over
+`model`. Some of them are named like their function, which is what the package's attribute of that
+name is.
 """
 
 from __future__ import annotations

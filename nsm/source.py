@@ -106,11 +106,14 @@ def _nitrotpm_instead_of_nsm() -> Transport:
     try:
         return _nitrotpm(None)
     except NsmError as error:
-        if error.errno == errno.ENODEV and error.operation == "open":
-            said = str(error).rpartition("): ")[2]
+        if error.operation != "open":
+            raise
+        said = str(error).rpartition("): ")[2]
+        if error.errno == errno.ENODEV:
             detail = f"{_NSM_DEVICE}; and {said}"
             raise NsmError("open", errno=errno.ENOENT, detail=detail) from error
-        raise
+        detail = f"{said}, tried because there is no {_NSM_DEVICE}"
+        raise type(error)("open", errno=error.errno, detail=detail) from error
 
 
 # ---- what to say

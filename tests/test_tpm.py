@@ -27,7 +27,7 @@ from nitrosim.tpm import DEFAULT_MODULE_ID, SoftwareTpm
 from nsm import Nsm, NsmError, SetupError
 from nsm.document import Expectations, verify
 from nsm.module import ErrorCode
-from nsm.source import chosen, explain
+from nsm.source import chosen, explain, find_transport
 from nsm.tpm import INDEX_SIZE, INDEXES, NitroTpm
 from nsm.tpm2 import AUTH_READ, AUTH_WRITE, DeviceNode, NvPublic, Tpm2, TpmError, vendor
 
@@ -450,6 +450,28 @@ def test_the_environment_chooses(
 def test_contradictions_are_refused(environment: dict[str, str]) -> None:
     with pytest.raises(SetupError):
         chosen(environment)
+
+
+def test_a_machine_with_a_tpm_and_no_nsm_is_told_of_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as a laptop, whose user may not open its TPM."""
+
+    def refuse(path: str) -> None:
+        raise TpmError("open", errno=errno.EACCES, detail=path)
+
+    monkeypatch.setattr("nsm.tpm.DeviceNode", refuse)
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/tpmrm0")
+    for name in ("NSM_SOURCE", "NSM_TPM", "NSM_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TpmError) as caught:
+        find_transport()
+    reason, hints = explain(caught.value)
+    assert reason == (
+        "NitroTPM not opened: open: EACCES (Permission denied): /dev/tpmrm0, "
+        "tried because there is no /dev/nsm"
+    )
+    assert "permission" in hints[0]
 
 
 # ---- another judge: swtpm
