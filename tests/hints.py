@@ -12,7 +12,14 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ROOMS: Final = ("attestor.py", "attestor_io", "attestor_commands", "keypolicy", "nsm")
+_ROOMS: Final = (
+    "attestor.py",
+    "attestor_io",
+    "attestor_commands",
+    "attestor_eif",
+    "keypolicy",
+    "nsm",
+)
 _ERRORS: Final = frozenset(
     "InputError ModuleError RefusedError UnreachableError NotAuthenticError OutputError "
     "PolicyError Finding missing _unwritable nearest _fail".split()

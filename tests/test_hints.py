@@ -132,13 +132,13 @@ LEADS: Final = [
     # documents
     Lead("--root FILE trusts another root; nitrosim's is in $NITROSIM_NSM_ROOT",
          "verify --any-image doc", ("verify --any-image --root $NITROSIM_NSM_ROOT doc",)),
-    Lead("give --pcr or --measurements, or --any-image if that is meant",
+    Lead("give --pcr, --measurements or --eif, or --any-image if that is meant",
          "verify --root $ROOT doc",
          ("verify --root $ROOT --measurements m.json doc", f"{_VERIFY} doc")),
     Lead("--allow-debug accepts it, for tests", f"{_VERIFY} debug.doc",
          (f"{_VERIFY} --allow-debug debug.doc",)),
     Lead("it attests zeros, not its image: --measurements takes what nitro-cli printed of the "
-         "image",
+         "image, and --eif the image itself",
          f"{_RENDER} --root $ROOT --document debug.doc", (f"{_RENDER} --measurements m.json",)),
     Lead("a document is valid for three hours: --at document verifies it at its own timestamp, "
          "--at TIME then", f"{_VERIFY} old.doc",
@@ -157,7 +157,7 @@ LEADS: Final = [
          "policy explain policy.json --principal $ROLE --action kms:Encrypt --pcr 0=$PCR0",
          ("policy explain policy.json --principal $ROLE --action kms:Encrypt",)),
     *(
-        Lead("leave out --document, or both of them",
+        Lead("leave out --document, or all of them",
              f"{_EXPLAIN} --key-id $KEY --root $ROOT --document doc --pcr 0=$PCR0",
              (f"{_EXPLAIN} --key-id $KEY {then}",))
         for then in ("--root $ROOT --document doc", "--pcr 0=$PCR0")
@@ -191,6 +191,7 @@ NOTHING_TO_RUN: Final = {
          ("vsock-proxy does that if its allow list lacks the host, or if it cannot reach the host "
           "itself"),
          "is vsock-proxy running on the parent, and does it allow this endpoint?",
+         "a file that it is made of may have changed meanwhile",
          "this is a bug in attestor: please report it"),
         ("a TPM that others use is in tests/test_tpm.py alone",
          "--tpm /dev/tpm0 goes around the kernel's resource manager",
