@@ -112,3 +112,15 @@ def test_the_applets_speak_to_no_network_and_change_no_user() -> None:
 def test_keys_and_images_stay_out_of_commits(name: str) -> None:
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     assert any(fnmatch(name.rpartition("/")[2], pattern) for pattern in ignored)
+
+
+def test_what_the_image_is_made_of_is_there_to_be_copied() -> None:
+    """The build sees what .dockerignore lets in, and nothing else of the tree."""
+    lines = (ROOT / "Dockerfile.enclave").read_text(encoding="utf-8").splitlines()
+    copied = {
+        line.split()[1].partition("/")[0]
+        for line in lines
+        if line.startswith("COPY ") and "--from" not in line
+    }
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert copied == {line.removeprefix("!") for line in ignored if line.startswith("!")}
