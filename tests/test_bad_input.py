@@ -283,28 +283,30 @@ def test_credentials_with_odd_characters_are_refused_and_not_repeated(
     assert "a-secret" not in run.err
 
 
+MADE_UP: Final = (
+    '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "%s", "Expiration": "%s"}'
+)
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("status", "answer"),
     [
-        "[" * 200000,
-        "[]",
-        "null",
-        '{"AccessKeyId": 1, "SecretAccessKey": "a-secret", "Token": "a-secret"}',
-        '{"AccessKeyId": "A", "SecretAccessKey": 1, "Token": "a-secret"}',
-        (
-            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", '
-            '"Expiration": "99999999999-01-01"}'
-        ),
-        (
-            '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret", '
-            '"Expiration": "soon"}'
-        ),
-        '{"AccessKeyId": "A", "SecretAccessKey": "a-secret", "Token": "a-secret\\nX: y"}',
+        (5, "[" * 200000),
+        (5, "[]"),
+        (5, "null"),
+        (4, '{"AccessKeyId": 1, "SecretAccessKey": "a-secret", "Token": "a-secret"}'),
+        (4, '{"AccessKeyId": "A", "SecretAccessKey": 1, "Token": "a-secret"}'),
+        (5, MADE_UP % ("a-secret", "99999999999-01-01")),
+        (4, MADE_UP % ("a-secret", "soon")),
+        (4, MADE_UP % (r"a-secret\nX: y", "2099-01-01T00:00:00Z")),
     ],
     ids=["deep", "list", "null", "number-id", "number-key", "far", "soon", "newline"],
 )
-def test_credentials_that_the_parent_made_up(enclave: Enclave, answer: str) -> None:
-    """From a container credentials endpoint: whatever it says, one refusal that repeats nothing."""
+def test_credentials_that_the_parent_made_up(enclave: Enclave, status: int, answer: str) -> None:
+    """From a container credentials endpoint: whatever it says, one error that repeats nothing.
+
+    One that answers what no source does may do better the next time: 5.
+    """
     enclave.place(BLOB)
     with Parent(answer.encode()) as parent:
         nothing: dict[str, str | None] = {
@@ -315,7 +317,7 @@ def test_credentials_that_the_parent_made_up(enclave: Enclave, answer: str) -> N
         run = enclave.decrypt(
             environment={**nothing, "AWS_CONTAINER_CREDENTIALS_FULL_URI": parent.url}
         )
-    refused(enclave, run, 4, "no valid AWS credentials")
+    refused(enclave, run, status, "credentials")
     assert "a-secret" not in run.err
 
 

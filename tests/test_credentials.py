@@ -204,10 +204,11 @@ def test_a_mode_that_is_none() -> None:
 
 @pytest.mark.parametrize("name", ["AWS_METADATA_SERVICE_TIMEOUT", metadata.MODE_VARIABLE])
 def test_a_variable_that_cannot_be(enclave: Enclave, name: str) -> None:
-    run = attestor(enclave, "metadata", "placement/region", environment={name: "x"})
+    environment = {METADATA: None, name: "x"}
+    run = attestor(enclave, "metadata", "placement/region", environment=environment)
     assert run.status == 2, run.err
     assert name in run.error
-    assert decrypt(enclave, {name: "x"}).status == 2
+    assert decrypt(enclave, environment).status == 2
 
 
 @pytest.mark.parametrize(

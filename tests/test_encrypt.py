@@ -108,7 +108,7 @@ def test_a_key_by_its_id_and_any_key(enclave: Enclave) -> None:
         (["encrypt", "--key-id", ARN, "empty", "out"], 2, "is empty"),
         (["encrypt", "--key-id", ARN, "--format", "kms", "large", "out"], 2,
          "longer than the 4096 bytes"),
-        (["encrypt", "--key-id", ARN, "plain", "absent/out"], 7, "No such file"),
+        (["encrypt", "--key-id", ARN, "plain", "absent/out"], 7, "there is no folder absent"),
         (["encrypt", "--key-id", ARN, "plain", "out"], 4, "refused to encrypt: NotFoundException"),
         (["encrypt", "--key-id", ARN, "large", "out"], 4, "refused to encrypt: NotFoundException"),
         (["encrypt", "--key-id", ARN, "--context", "aws-crypto-x=1", "large", "out"], 2,

@@ -846,7 +846,7 @@ def test_an_unwritable_target_ends_it_before_kms_is_asked(manifest: Manifest) ->
         manifest,
         manifest.inject(environment={"AWS_ACCESS_KEY_ID": None}),
         7,
-        "No such file or directory",
+        "there is no folder",
     )
 
 

@@ -387,8 +387,9 @@ def test_without_a_device(transport: str, module: SoftwareNsm) -> None:
 
 def test_without_permission(transport: str, module: SoftwareNsm) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody whom the simulator's folder keeps out")
+        pytest.skip("only root can become somebody whom the device keeps out")
     with SimulatedDevice(module) as device:
+        device.socket.chmod(0o600)  # the simulator's own device is everybody's
         variables = {"TRANSPORT": transport, "PREPARE": "os.setgroups([]); os.setuid(65534)"}
         result = run("result = nsm.describe()", device.environment({**os.environ, **variables}))
     assert result == {"operation": "open", "code": None, "errno": 13}  # EACCES
