@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import ssl
 from functools import partial
-from http.client import HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -226,6 +226,9 @@ class _Secure(_Governed):
             raise ClosedEarlyError(self._other_end()) from error
         except AnswerTooLongError as error:  # to CONNECT
             raise UnreachableError(f"proxy {self.host}: {error}") from error
+        except HTTPException as error:  # the same: from Python 3.12 on also of too many headers
+            reason = f"answers with what is no HTTP ({type(error).__name__})"
+            raise UnreachableError(f"proxy {self.host} {reason}") from error
 
     def _other_end(self) -> str:
         way = self.find_way(self.host)

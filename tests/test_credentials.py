@@ -525,4 +525,6 @@ def test_a_proxy_without_end(enclave: Enclave) -> None:
         inside: dict[str, Any] = {"HTTPS_PROXY": server.url, "AWS_MAX_ATTEMPTS": "1"}
         run = attestor(enclave, "decrypt", "--any-key", "blob", "out", environment=inside)
     assert run.status == 5, run.err
-    assert "proxy 127.0.0.1: answer is longer than" in run.error
+    # from Python 3.12 on there are too many headers before that
+    ends = ("proxy 127.0.0.1: answer is longer than", "proxy 127.0.0.1 answers with")
+    assert any(end in run.error for end in ends), run.error
