@@ -195,12 +195,13 @@ def _is_likely(data: bytes) -> bool:
 
 def _utf_8(data: bytes) -> str:
     """The printable text in UTF-8 that these bytes are, if they are; the end may be cut off."""
+    data = data.removeprefix(b"\xef\xbb\xbf")  # utf-8-sig would import a codec for that
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
         if error.reason != "unexpected end of data":
             return ""
-        text = data[: error.start].decode("utf-8-sig")
+        text = data[: error.start].decode()
     return text if "".join(text.split()).isprintable() else ""
 
 
