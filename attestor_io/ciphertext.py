@@ -26,8 +26,8 @@ BASE64_OPTION: Final = "--base64"
 BASE64_KEY: Final = 'encoding = "base64"'
 
 _BLOB_MIN: Final = 65  # bytes: the shortest of moto's and LocalStack's; AWS's own have some 150
-_HEX: Final = re.compile(r"[0-9A-Fa-f]++")
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/]++={0,2}")
+_HEX: Final = r"[0-9A-Fa-f]++"  # compiled for text alone, which no ciphertext is
+_BASE64: Final = r"[A-Za-z0-9+/]++={0,2}"
 _FROM_URL: Final = str.maketrans("-_", "+/")  # the alphabet of RFC 4648 section 5 into that of 4
 _WRAPPED: Final = "base64 of "
 _NESTED_MAX: Final = 3  # encodings around each other that are worth naming
@@ -171,14 +171,15 @@ def _stands_for(compact: str, nested: int, *, in_lines: bool = True) -> str:
 
     Only what was in lines of one length, unlike words, may be base64 text.
     """
-    if _HEX.fullmatch(compact) and _is_likely(bytes.fromhex(compact[: len(compact) // 2 * 2])):
+    octets = compact[: len(compact) // 2 * 2]
+    if re.fullmatch(_HEX, compact) and _is_likely(bytes.fromhex(octets)):
         return "hexadecimal text"
     if not in_lines:
         return ""
     name = "base64 text"
     if "-" in compact or "_" in compact:
         name, compact = "base64url text", compact.translate(_FROM_URL)
-    if not _BASE64.fullmatch(compact):
+    if not re.fullmatch(_BASE64, compact):
         return ""
     digits = compact.rstrip("=")
     decoded = base64.b64decode(digits[: len(digits) // 4 * 4])  # the rest may have been cut off

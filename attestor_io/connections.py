@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from attestor_io import vsock
 from attestor_io.errors import UnreachableError
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ class ClosedEarlyError(OSError):
 
 def to_vsock(address: Address) -> Way:
     """The way through a vsock address."""
+    from attestor_io import vsock
+
     return Way(vsock.name(address), lambda timeout: vsock.dial(address, timeout))
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from attestor_io import kms_errors, metadata
+from attestor_io import kms_errors
 from attestor_io.deadline import Deadline
 from attestor_io.errors import (
     AttestorError,
@@ -29,9 +28,9 @@ from attestor_io.urls import without_query
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from attestor_io.metadata import Service
     from attestor_io.vsock import Address
 
-_ROLE_NAME: Final = re.compile(r"[A-Za-z0-9_+=,.@-]{1,128}")
 _CONTAINER: Final = "http://169.254.170.2"  # what a relative URI is relative to
 _FIELDS: Final = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")
 _ANSWER_SECONDS: Final = 5  # for a connection to a container's endpoint, and for silence
@@ -114,10 +113,12 @@ class _RoleFetcher:
 
     def retrieve_iam_role_credentials(self) -> dict[str, str]:
         """The credentials of the instance's role; none where the metadata service is disabled."""
+        from attestor_io.metadata import Service
+
         if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             return {}
         deadline = _part_of(self._deadline)
-        service = metadata.Service.at(self._address, os.environ, deadline)
+        service = Service.at(self._address, os.environ, deadline)
         try:
             role, fields = _role(service)
         except UnreachableError as error:
@@ -133,12 +134,8 @@ class _RoleFetcher:
         }
 
 
-def _role(service: metadata.Service) -> tuple[str, dict[str, str]]:
-    token = service.token()
-    role = metadata.one_line(service.get(metadata.ROLES, token), "a role")
-    if not _ROLE_NAME.fullmatch(role):
-        raise RefusedError("metadata service names a role that is none")
-    body = service.get(metadata.ROLES + role, token)
+def _role(service: Service) -> tuple[str, dict[str, str]]:
+    role, body = service.role()
     return role, _fields(body, f"metadata service at {service.where}")
 
 
@@ -207,7 +204,9 @@ def _tried_again(work: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 def _part_of(deadline: Deadline) -> Deadline:
     """The time that one source has: some is left for saying what became of it."""
-    return Deadline(min(metadata.TIMEOUT, 0.75 * deadline.left))
+    from attestor_io.metadata import TIMEOUT
+
+    return Deadline(min(TIMEOUT, 0.75 * deadline.left))
 
 
 def _fields(body: bytes, source: str) -> dict[str, str]:

@@ -53,7 +53,8 @@ _SEGMENT: Final = (
 )
 _PATH: Final = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 _CREDENTIALS: Final = frozenset({"iam", "identity-credentials", "security-credentials"})
-ROLES: Final = "iam/security-credentials/"
+_ROLES: Final = "iam/security-credentials/"
+_ROLE: Final = re.compile(r"[A-Za-z0-9_+=,.@-]{1,128}")
 _TAGS: Final = "tags/instance/"
 _ENABLE: Final = (
     "aws ec2 modify-instance-metadata-options --instance-id ID "
@@ -144,6 +145,14 @@ class Service:
     def get(self, path: str, token: str) -> bytes:
         """What is at a path below latest/meta-data/, at most 16 KiB; raises as `token` does."""
         return self._ask("GET", f"/latest/meta-data/{path}", f"{_HEADER}: {token}", path)
+
+    def role(self) -> tuple[str, bytes]:
+        """The instance's role, and the JSON of its credentials; raises as `token` does."""
+        token = self.token()
+        role = one_line(self.get(_ROLES, token), "a role")
+        if not _ROLE.fullmatch(role):
+            raise RefusedError("metadata service names a role that is none")
+        return role, self.get(_ROLES + role, token)
 
     def _ask(self, method: str, path: str, header: str, what: str) -> bytes:
         """The body of an answer with status 200, tried again while that may help; `what` is for
@@ -275,7 +284,7 @@ def _refusal(status: int, what: str) -> AttestorError:
         return RefusedError(
             f"the instance has no tag {name}, or tags are not enabled in instance metadata", _ENABLE
         )
-    if status == 404 and what == ROLES:
+    if status == 404 and what == _ROLES:
         return RefusedError("the instance has no role")
     kind = UnreachableError if status == 429 or status >= 500 else RefusedError
     return kind(f"metadata service answers {status} for {what}")

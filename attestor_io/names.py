@@ -15,10 +15,9 @@ _REGION: Final = re.compile(r"[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}")
 _KEY_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}")
 _ALIAS: Final = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")
 _ARN: Final = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):[0-9]{12}:(.+)")
-_MULTI_REGION: Final = re.compile(
-    r"(arn:aws[a-z-]*:kms:)[a-z0-9-]+(:[0-9]{12}:key/mrk-[0-9a-f]{32})"
-)
-_ENDPOINT: Final = re.compile(r"https://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?", re.IGNORECASE)
+# of these two, few commands need any: they are compiled where they are used
+_MULTI_REGION: Final = r"(arn:aws[a-z-]*:kms:)[a-z0-9-]+(:[0-9]{12}:key/mrk-[0-9a-f]{32})"
+_ENDPOINT: Final = r"(?i:https)://[A-Za-z0-9._-]+(:[0-9]{1,5})?/?"
 
 ENDPOINT_HINT: Final = (
     "an option, AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL or endpoint_url of a profile names it"
@@ -30,7 +29,7 @@ def parse_endpoint(url: str | None, what: str) -> str | None:
     """The endpoint, which must be https; `what` names where it stands. Raises InputError."""
     if url is not None and not url.lower().startswith("https://"):
         raise InputError(f"{what} is not https", TLS_HINT)
-    if url is not None and not _ENDPOINT.fullmatch(url):
+    if url is not None and not re.fullmatch(_ENDPOINT, url):
         example = "https://kms.eu-west-1.amazonaws.com"
         raise InputError(f"{what} {without_query(url)} is no endpoint, such as {example}")
     return url
@@ -101,4 +100,5 @@ def key_arn_here(arn: str, region: str) -> str:
     Replicas share id, account, partition and key material, and differ in their region alone; every
     other key is known in its own region only, and its ARN returned as it is.
     """
-    return _MULTI_REGION.sub(rf"\g<1>{region}\g<2>", arn) if _MULTI_REGION.fullmatch(arn) else arn
+    found = re.fullmatch(_MULTI_REGION, arn)
+    return f"{found[1]}{region}{found[2]}" if found else arn

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 # `a=b,c=d` is two pairs to the AWS CLI, and one to us
-_SHORTHAND: Final = re.compile(r",\s*([^,=\s]+)=")
+_SHORTHAND: Final = r",\s*([^,=\s]+)="
 
 
 class Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.4 on
@@ -128,7 +128,7 @@ def _unique(pairs: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
 
 
 def _refuse_shorthand(name: str, value: str, what: str) -> None:
-    second = _SHORTHAND.search(value)
+    second = re.search(_SHORTHAND, value)
     if second:
         raise InputError(
             f"{what} {name}=...,{second[1]}=... is two pairs, or one value with a comma in it?",
