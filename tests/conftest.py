@@ -18,6 +18,7 @@ import botocore.session
 import pytest
 
 from nitrosim.world import World
+from tests.forked import ForkServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.SIG_DFL)
+
+# a command that is installed has byte code: without it every start would compile anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 OPERATOR: Final = botocore.session.Session()  # one for all: it reads the SDK's data once
 ROOT: Final = Path(__file__).parent.parent
@@ -89,11 +93,10 @@ class Enclave:
         environment: Mapping[str, str | None] | None = None,
     ) -> Run:
         """Run any command inside; a variable set to None is removed."""
-        merged = {**self.environment, **(environment or {})}
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={name: value for name, value in merged.items() if value is not None},
+            env=self._inside(environment),
             input=stdin if stdin is not None else b"",
             capture_output=True,
             check=False,
@@ -107,11 +110,22 @@ class Enclave:
         *arguments: str,
         stdin: bytes | None = None,
         environment: Mapping[str, str | None] | None = None,
+        whole_process: bool = False,
     ) -> Run:
-        """Run attestor inside."""
-        return self.run(
+        """Run attestor inside, forked from a process that has imported it (tests/forked.py) where
+        that makes no difference; `whole_process` is for tests of what it does make one to.
+        """
+        done = None
+        if not (whole_process or os.environ.get("ATTESTOR_WHOLE_PROCESSES")):
+            server = _fork_server(self.environment["LD_PRELOAD"])
+            done = server.run(arguments, self._inside(environment), self.folder, stdin or b"")
+        return done or self.run(
             sys.executable, "-m", "attestor", *arguments, stdin=stdin, environment=environment
         )
+
+    def _inside(self, environment: Mapping[str, str | None] | None) -> dict[str, str]:
+        merged = {**self.environment, **(environment or {})}
+        return {name: value for name, value in merged.items() if value is not None}
 
     def decrypt(self, *options: str, environment: Mapping[str, str | None] | None = None) -> Run:
         """Run `attestor decrypt` from "blob" to "out" with any key."""
@@ -122,6 +136,16 @@ class Enclave:
     def files(self) -> set[str]:
         """Names in the folder, hidden ones too."""
         return {path.name for path in self.folder.iterdir()}
+
+
+_FORK_SERVERS: Final = contextlib.ExitStack()
+
+
+@functools.cache
+def _fork_server(preloaded: str) -> ForkServer:
+    """One for all enclaves behind the same shim, to the end of the session."""
+    environment = os.environ | {"LD_PRELOAD": preloaded, "PYTHONPATH": str(ROOT)}
+    return _FORK_SERVERS.enter_context(ForkServer(environment, ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +213,10 @@ def vectors() -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With ATTESTOR_NO_SKIPS set, a skip is a failure: so .ci/run keeps checks from vanishing."""
+    """End the processes that commands are forked from.
+
+    With ATTESTOR_NO_SKIPS set, a skip is a failure: so .ci/run keeps checks from vanishing."""
+    _FORK_SERVERS.close()
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("ATTESTOR_NO_SKIPS") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("ATTESTOR_NO_SKIPS is set, but tests were skipped", red=True)

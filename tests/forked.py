@@ -1,11 +1,14 @@
 """attestor's command line many times over, from a process that has imported everything and forks.
 
-A run costs a fifth of one that starts Python anew. Where the machine's own vsock would be dialled,
-a run dials a TCP port of this host: `--vsock 3:PORT` leads there.
+A run costs a fifth of one that starts Python anew, which is why `Enclave.attestor` of conftest runs
+most commands so. What it cannot show (the start itself, imports that come late, peak memory) tests
+see in whole processes; with ATTESTOR_WHOLE_PROCESSES set, all do.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import importlib
 import json
 import os
@@ -13,11 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
     from typing import Self
 
@@ -32,17 +37,38 @@ _IMPORTED_LATE: Final = (
     "nsm.library",
 )
 PATIENCE: Final = 120  # seconds for one run, however busy the machine is
+INPUT_MAX: Final = 1 << 16  # bytes that a pipe takes while nobody reads
+# beginnings of the names of variables that Python, libc and OpenSSL look at once
+_READ_AT_START: Final = (
+    "GLIBC_",
+    "LANG",
+    "LC_",
+    "LD_",
+    "MALLOC_",
+    "OPENSSL_",
+    "PYTHON",
+    "TZ",
+)
 
 
 class ForkServer:
-    """Runs attestor in this environment, in which also LD_PRELOAD is that of every run."""
+    """Runs attestor, in this environment if a run names no other.
 
-    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
-        self._environment, self._folder = environment, folder
+    With `vsock_to_tcp`, a run dials a TCP port of this host where the machine's own vsock would be
+    dialled: `--vsock 3:PORT` leads there.
+    """
+
+    def __init__(
+        self, environment: Mapping[str, str], folder: Path, *, vsock_to_tcp: bool = False
+    ) -> None:
+        self._environment, self._folder = dict(environment), folder
+        self._options = ["--vsock-to-tcp"] if vsock_to_tcp else []
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
+        self._outputs = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"],
+            [sys.executable, "-m", "tests.forked", *self._options],
             env=self._environment,
             cwd=self._folder,
             stdin=subprocess.PIPE,
@@ -58,6 +84,7 @@ class ForkServer:
         trace: TracebackType | None,
     ) -> None:
         self._process.communicate()
+        self._outputs.cleanup()
 
     def attestor(
         self,
@@ -66,25 +93,60 @@ class ForkServer:
         environment: Mapping[str, str | None] | None = None,
     ) -> Run:
         """Run one command, with an empty standard input; a variable of None is removed."""
+        merged = {**self._environment, **(environment or {})}
+        inside = {name: value for name, value in merged.items() if value is not None}
+        done = self.run(arguments, inside, folder or self._folder)
+        assert done, f"{sorted(environment or {})} cannot be had in a process that has started"
+        return done
+
+    def run(
+        self,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        folder: Path,
+        stdin: bytes = b"",
+    ) -> Run | None:
+        """Run one command in this very environment; None for what needs a process of its own:
+        variables that are read at the start, much input, and a run beside another one.
+        """
+        if _read_at_start(environment) != _read_at_start(self._environment):
+            return None
+        if len(stdin) > INPUT_MAX or not self._lock.acquire(blocking=False):
+            return None
+        with contextlib.ExitStack() as held:
+            held.callback(self._lock.release)
+            return self._ask(arguments, environment, folder, stdin)
+
+    def _ask(
+        self,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        folder: Path,
+        stdin: bytes,
+    ) -> Run:
         from tests.conftest import Run
 
-        names = ("stdout", "stderr")
-        paths = [str(self._folder / f".{name}") for name in names]
+        paths = [Path(self._outputs.name, name) for name in ("stdout", "stderr")]
         request = {
             "arguments": arguments,
-            "environment": environment or {},
-            "folder": str(folder or self._folder),
-            "outputs": paths,
+            "environment": environment,
+            "folder": str(folder),
+            "outputs": [str(path) for path in paths],
+            "stdin": base64.b64encode(stdin).decode(),
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         status = int(self._process.stdout.readline())
-        out, err = (Path(path).read_bytes() for path in paths)
+        out, err = (path.read_bytes() for path in paths)
         return Run(status if status >= 0 else 128 - status, out, err.decode())
 
 
-def _warm() -> None:
+def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_READ_AT_START)}
+
+
+def _warm(*, vsock_to_tcp: bool) -> None:
     """Import what a run imports, and make the key pair: what each run would do over again."""
     import botocore.session
     from cryptography.hazmat.primitives.asymmetric import rsa
@@ -102,44 +164,42 @@ def _warm() -> None:
     session.create_client("kms", region_name="eu-west-1")
     key = rsa.generate_private_key(65537, 2048)
     rsa.generate_private_key = lambda *_, **__: key
-    vsock.dial = lambda address, timeout: socket.create_connection(
-        ("127.0.0.1", address[1]), timeout
-    )
+    if vsock_to_tcp:
+        vsock.dial = lambda address, timeout: socket.create_connection(
+            ("127.0.0.1", address[1]), timeout
+        )
 
 
 def _serve() -> None:
     import attestor
 
-    _warm()
-    for line in sys.stdin:
-        request = json.loads(line)
+    _warm(vsock_to_tcp="--vsock-to-tcp" in sys.argv)
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    for line in requests:
         child = os.fork()
         if not child:
-            _run(attestor.main, **request)
+            _run(attestor, json.loads(line))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        sys.stdout.write(f"{status}\n")
-        sys.stdout.flush()
+        print(status, file=answers, flush=True)
 
 
-def _run(
-    main: Callable[[], NoReturn],
-    arguments: list[str],
-    environment: dict[str, str | None],
-    folder: str,
-    outputs: list[str],
-) -> NoReturn:
+def _run(program: Any, request: dict[str, Any]) -> NoReturn:
     signal.alarm(PATIENCE)
     try:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, path in enumerate(outputs, 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(folder)
-        for name, value in environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        sys.argv[1:] = arguments
-        main()
+        reader, writer = os.pipe()
+        os.write(writer, base64.b64decode(request["stdin"]))
+        os.close(writer)
+        os.dup2(reader, 0)
+        os.close(reader)
+        for number, path in enumerate(request["outputs"], 1):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv[:] = [program.__file__, *request["arguments"]]
+        program.main()
     finally:
         os._exit(1)
 

@@ -183,7 +183,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, preload: Path) -> Iterator[P
             "metadata": int((world.metadata_url or "").rpartition(":")[2]),
             "none": 0,
         }
-        with ForkServer(environment | {"PYTHONPATH": str(ROOT)}, folder) as server:
+        inside = environment | {"PYTHONPATH": str(ROOT)}
+        with ForkServer(inside, folder, vsock_to_tcp=True) as server:
             yield Place(enclave, server, ports)
 
 

@@ -281,7 +281,7 @@ def prompt(tmp_path_factory: pytest.TempPathFactory, preload: Path) -> Iterator[
             "LD_PRELOAD": f"{preload}:{enclave.environment['LD_PRELOAD']}",
             "PYTHONPATH": str(ROOT),
         }
-        with ForkServer(environment, folder) as server:
+        with ForkServer(environment, folder, vsock_to_tcp=True) as server:
             made = Prompt(enclave, server, words)
             options = "--key-id $KEY --context node=3 --context app=x -f --format esdk"
             assert made.run(f"encrypt {options} plain message").status == 0
