@@ -17,6 +17,7 @@ from attestor import (
 )
 from attestor_commands import public_keys
 from attestor_commands.inputs import FORCE_OPTION
+from attestor_commands.versions import VERSION, VERSION_MAX, fault_of
 from attestor_io.ciphertext import ALGORITHMS, check_algorithm, is_symmetric
 from attestor_io.errors import InputError
 from attestor_io.module_options import SOURCE_OPTIONS
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 
     from attestor_io.deadline import Deadline
     from attestor_io.reading import Readable
+
+
+def _parse_version(
+    _context: click.Context, option: click.Parameter, text: str | None
+) -> str | None:
+    """A version as an option's value; raises InputError."""
+    if text is not None and fault_of(text, 1):
+        raise InputError(f"{option.opts[0]} wants a number from 1 to {VERSION_MAX}")
+    return text
 
 
 @click.command()
@@ -52,6 +62,12 @@ if TYPE_CHECKING:
 @click.option(
     "--public-key", metavar="FILE", help="that RSA key, in PEM or DER, in the place of --key-id"
 )
+@click.option(
+    "--version",
+    metavar="N",
+    callback=_parse_version,
+    help="put this number into the context, as its version",
+)
 @FORCE_OPTION
 @options(VSOCK_OPTIONS)
 @options(MODULE_OPTIONS, without=SOURCE_OPTIONS)
@@ -61,6 +77,8 @@ def encrypt(
     form: str,
     algorithm: str | None,
     public_key: str | None,
+    version: str | None,
+    encryption_context: Mapping[str, str],
     force: bool,
     **call: Any,
 ) -> None:
@@ -77,10 +95,20 @@ def encrypt(
     bytes are encrypted here, to the key that KMS GetPublicKey tells or --public-key holds: the
     first takes no kms:Encrypt, the second neither credentials nor network. OUTPUT may be "-".
     """
+    call["encryption_context"] = _with_version(encryption_context, version)
     if not is_symmetric(algorithm) or public_key is not None:
         _encrypt_to_public_key(plaintext, output, form, algorithm, public_key, force=force, **call)
     else:
         _encrypt_symmetric(plaintext, output, form, force=force, **call)
+
+
+def _with_version(context: Mapping[str, str], version: str | None) -> Mapping[str, str]:
+    """The encryption context with the version in it, if there is one; raises InputError."""
+    if version is None:
+        return context
+    if VERSION in context:
+        raise InputError(f"--version contradicts --context {VERSION}=...", "leave one of them out")
+    return {**context, VERSION: version}
 
 
 def _encrypt_symmetric(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from attestor import drop_unset
+from attestor_commands.versions import VERSION, fault_of
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
 from attestor_io.names import is_pinned, is_same_key, key_arn_here, key_arn_region
 from attestor_io.progress import Progress
@@ -67,16 +68,19 @@ def decrypt(
     *,
     region: str,
     signed: bool = False,
+    minimum_version: int | None = None,
 ) -> None:
     """Decrypt a message and hand on its plaintext in pieces, authentic only when this returns.
 
     The context of `bound` must be the message's, without the names that the AWS Encryption SDK
     reserves, as that of a CiphertextBlob must be its own: the parent chooses which form it serves.
     `region` is that of the KMS that `ask` calls, where a multi-Region key of the message has its
-    replica. With `signed` an unsigned message is refused. Raises NotAuthenticError for everything
-    that is wrong with the message itself, RefusedError when KMS refuses.
+    replica. With `signed` an unsigned message is refused, with `minimum_version` one whose header
+    has an older version or none, unless the context of `bound` says which. Raises NotAuthenticError
+    for everything that is wrong with the message itself, RefusedError when KMS refuses.
     """
-    for piece in _verified(message, _Materials(ask, bound, region, signed=signed)):
+    minimum = None if VERSION in bound.context else minimum_version
+    for piece in _verified(message, _Materials(ask, bound, region, minimum, signed=signed)):
         append(piece)
 
 
@@ -131,8 +135,11 @@ class _DecryptionMaterials:
 class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package has no types
     """Decides whether a message may be opened, and gets its data key from KMS."""
 
-    def __init__(self, ask: Ask, bound: Binding, region: str, *, signed: bool) -> None:
+    def __init__(
+        self, ask: Ask, bound: Binding, region: str, minimum_version: int | None, *, signed: bool
+    ) -> None:
         self._ask, self._bound, self._region, self._signed = ask, bound, region, signed
+        self._minimum_version = minimum_version
 
     def get_encryption_materials(self, request: Any) -> Any:
         """Never called: this is for decryption."""
@@ -142,6 +149,7 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
         """Data key and verification key of a message whose header was parsed."""
         found = request.encryption_context
         self._check_context(found)
+        self._check_version(found)
         required = {name: value for name, value in self._bound.context.items() if name not in found}
         context = {**found, **required}
         return _DecryptionMaterials(
@@ -164,7 +172,8 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
             if found.get(name, value) != value or (name not in found and _is_reserved(name))
         ]
         if not self._bound.contains:
-            differing += [name for name in found if not (name in asked or _is_reserved(name))]
+            known = {*asked, *([VERSION] if self._minimum_version else [])}
+            differing += [name for name in found if not (name in known or _is_reserved(name))]
         if differing:
             reason = (
                 f"message of the AWS Encryption SDK has another context: {differing[0]} differs"
@@ -172,6 +181,13 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
             hint = "--context-contains, or context_contains = true, lets it hold more names"
             more = set(differing).isdisjoint(asked)
             raise NotAuthenticError(reason, *([hint] if more else []))
+
+    def _check_version(self, found: Mapping[str, str]) -> None:
+        """Refuse an old message: the header's authentication, which comes next, covers this."""
+        if self._minimum_version:
+            fault = fault_of(found.get(VERSION), self._minimum_version)
+            if fault:
+                raise NotAuthenticError(f"message of the AWS Encryption SDK {fault}")
 
     def _verification_key(self, algorithm: Any, context: Mapping[str, str]) -> bytes | None:
         """The public key that a signed message has in its context, and that an unsigned one has

@@ -178,6 +178,9 @@ LEADS: Final = [
          ("inject --set N=blob -f variable-said.toml",)),
     Lead("anybody with the public key can make another one: unbound = true accepts that",
          "inject -f rsa.toml", ("inject -f rsa-said.toml",)),
+    Lead('context = { version = "${VERSION}" } says which one it is; only a message of the AWS '
+         "Encryption SDK carries its own",
+         "inject -f new.toml", ("inject -f --set VERSION=7 new-said.toml",)),
 ]  # fmt: skip
 NOTHING_TO_RUN: Final = {
     reason: set(hints)
@@ -306,6 +309,7 @@ def fill(enclave: Enclave) -> None:
         "plain.old": b"",
         "long": bytes(3000),
         "bound": enclave.encrypt(node="3", app="x"),
+        "versioned": enclave.encrypt(version="7"),
         "comma": enclave.encrypt(node="3,app=x"),
     }.items():
         enclave.place(data, name)
@@ -365,6 +369,12 @@ def fill_manifests(enclave: Enclave) -> None:
             f'{pinned}\n[variables]\nNODE = "[0-9]"',
             f"{folder}/bound",
             'context = { node = "${NODE}", app = "x" }',
+        ),
+        "new": (pinned, f"{folder}/versioned", f"{unbound}\nminimum_version = 5"),
+        "new-said": (
+            f'{pinned}\n[variables]\nVERSION = "[0-9]+"',
+            f"{folder}/versioned",
+            'context = { version = "${VERSION}" }\nminimum_version = 5',
         ),
         "rsa": ("", f"{folder}/sealed", asymmetric),
         "rsa-said": ("", f"{folder}/sealed", f"{asymmetric}\n{unbound}"),

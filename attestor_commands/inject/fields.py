@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from attestor_commands.versions import VERSION_MAX
 from attestor_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ SECRET_FIELDS: Final[Mapping[str, Field]] = {
     "signed": _FLAG,
     "form": _STRING,
     "context_contains": _FLAG,
+    "minimum_version": _between(1, VERSION_MAX),
 }
 FILE_FIELDS: Final[Mapping[str, Field]] = {
     **_PLACEMENT,

@@ -29,9 +29,10 @@ from attestor_commands.inject.fields import (
     check_table,
     nearest,
 )
+from attestor_commands.versions import VERSION, fault_of
 from attestor_io.ciphertext import check_algorithm, is_symmetric
 from attestor_io.deadline import Deadline
-from attestor_io.errors import InputError
+from attestor_io.errors import InputError, RefusedError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
 from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
@@ -47,6 +48,10 @@ VALUE_MAX: Final = 1024
 _PATH_MAX: Final = 4096  # bytes, linux/limits.h
 _DOTS_MAX: Final = 1000  # in one line, or as many squares of them in all lines together
 CONCURRENCY: Final = 3  # vsock-proxy serves four connections by default: one is left for others
+VERSION_HINT: Final = (
+    'context = { version = "${VERSION}" } says which one it is; only a message of the AWS '
+    "Encryption SDK carries its own"
+)
 DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
 _REFERENCE: Final = re.compile(r"\$\{([^}]*)\}|\$\{")
@@ -82,6 +87,7 @@ class Entry:
     signed: bool = False
     form: Literal["blob", "message"] | None = None
     context_contains: bool = False
+    minimum_version: int | None = None
     sha256: str | None = None
 
     @property
@@ -120,7 +126,7 @@ def parse(
     environment's.
 
     `addresses` of the keys vsock, imds_vsock and s3_vsock win over its own, and so do those of
-    hosts in `host_vsock`. Raises InputError. Only
+    hosts in `host_vsock`. Raises InputError, and RefusedError for a version that is too old. Only
     with a variable that has a `tag` and no other value is the metadata service asked, over TCP
     where there is no imds_vsock.
     """
@@ -258,17 +264,18 @@ def _secret(
 ) -> Entry:
     where = f"secret {number}"
     check_table(table, SECRET_FIELDS, where)
-    context = table.get("context")
     key_id = _key_of(table, top, where)
     _check_form(table, where, key_id)
+    context = {
+        name: variables.fill(value, f"{where}: context")
+        for name, value in table.get("context", {}).items()
+    }
+    _check_version(table, where, context)
     return Entry(
         kind="secret",
         key_id=key_id,
         algorithm=table.get("algorithm"),
-        context={
-            name: variables.fill(value, f"{where}: context")
-            for name, value in (context or {}).items()
-        },
+        context=context,
         grant_tokens=tuple(
             variables.fill(token, f"{where}: grant_tokens")
             for token in table.get("grant_tokens", ())
@@ -277,6 +284,7 @@ def _secret(
         signed=table.get("signed", False),
         form=table.get("form"),
         context_contains=table.get("context_contains", False),
+        minimum_version=table.get("minimum_version"),
         **_placement(table, where, variables, SECRET_MAX),
     )
 
@@ -312,6 +320,26 @@ def _check_form(table: Mapping[str, Any], where: str, key_id: str | None) -> Non
             raise InputError(f'{where} says form = "blob", and {name} = true, which is of messages')
         if not is_symmetric(algorithm) and (form == "message" or table.get(name, False)):
             raise InputError(f"{where}: a message has no algorithm {algorithm}")
+
+
+def _check_version(table: Mapping[str, Any], where: str, context: Mapping[str, str]) -> None:
+    """Compare the version in the filled-in context; without one there, a message may carry it.
+
+    KMS opens nothing that was made with another version than the context says, so that one too old
+    is refused here as KMS would refuse it: RefusedError.
+    """
+    minimum = table.get("minimum_version")
+    if minimum is None:
+        return
+    if not is_symmetric(table.get("algorithm")):
+        raise InputError(f"{where}: minimum_version is of a context, an RSA ciphertext has none")
+    if VERSION not in context:
+        if table.get("form") == "blob":
+            raise InputError(f"{where}: minimum_version needs a version in context", VERSION_HINT)
+        return
+    fault = fault_of(context[VERSION], minimum)
+    if fault:
+        raise RefusedError(f"{where} {fault}")
 
 
 def _file(number: int, table: Mapping[str, Any], variables: _Variables) -> Entry:

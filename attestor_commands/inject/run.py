@@ -20,13 +20,20 @@ from attestor import (
     log,
     process_recipient,
 )
-from attestor_commands.inject.manifest import MANIFEST_MAX, Entry, Manifest, parse
+from attestor_commands.inject.manifest import (
+    MANIFEST_MAX,
+    VERSION_HINT,
+    Entry,
+    Manifest,
+    parse,
+)
 from attestor_commands.inject.program import execute, find_program
 from attestor_commands.inject.sources import Sources, Stream
 from attestor_commands.placement import Placement
+from attestor_commands.versions import VERSION
 from attestor_io.ciphertext import BASE64_KEY, head_size, is_symmetric, take_ciphertext
 from attestor_io.deadline import Deadline
-from attestor_io.errors import AttestorError, InputError, NotAuthenticError
+from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
 from attestor_io.progress import Progress
 from attestor_io.reading import Message, read_bounded
 from attestor_io.secret_file import real_path
@@ -193,6 +200,9 @@ class _Injector:
         if entry.signed or entry.context_contains:
             name = "signed" if entry.signed else "context_contains"
             raise InputError(f"it says {name} = true, but a CiphertextBlob is no message")
+        if entry.minimum_version and VERSION not in entry.bound.context:
+            asked = f"and minimum_version is {entry.minimum_version}"
+            raise RefusedError(f"a CiphertextBlob does not say its version, {asked}", VERSION_HINT)
         algorithm = drop_unset(EncryptionAlgorithm=entry.algorithm)
         answer = self._decrypt({"CiphertextBlob": taken, **entry.bound.parameters(), **algorithm})
         self._append(target, answer["Plaintext"])
@@ -215,7 +225,15 @@ class _Injector:
             size += len(piece)
             self._append(target, piece)
 
-        esdk.decrypt(message, append, ask, entry.bound, region=self._region, signed=entry.signed)
+        esdk.decrypt(
+            message,
+            append,
+            ask,
+            entry.bound,
+            region=self._region,
+            signed=entry.signed,
+            minimum_version=entry.minimum_version,
+        )
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
 
     def _append(self, target: SecretFile, piece: bytes) -> None:
