@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from attestor_io import signals
 from attestor_io.errors import OutputError
@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import NoReturn, Self
+
+
+class Appendable(Protocol):
+    """What takes bytes."""
+
+    def append(self, data: bytes) -> None:
+        """Take more of them; raises OutputError."""
+        ...
+
+
+class Closable(Protocol):
+    """What has a descriptor to give back."""
+
+    def close(self) -> None:
+        """Give it back."""
+        ...
 
 
 class Placement:
@@ -37,7 +53,11 @@ class Placement:
         self._files.append(file)
         return file
 
-    def append(self, file: SecretFile, data: bytes) -> None:
+    def close_later(self, resource: Closable) -> None:
+        """Close this as well when the context is left."""
+        self._stack.callback(resource.close)
+
+    def append(self, file: Appendable, data: bytes) -> None:
         """Write more of a file; any thread may, for its descriptor is not closed meanwhile."""
         with self._lock:
             if self._left:

@@ -76,7 +76,7 @@ class StandardOutput:
         """Write what was held; a reader that went away is an error."""
         try:
             for data in self._held:
-                _write_all(1, data)
+                write_all(1, data)
         except OSError as error:
             raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
@@ -157,7 +157,7 @@ class SecretFile:
     def append(self, data: bytes) -> None:
         """Write more of it; raises OutputError."""
         with self._errors_translated():
-            _write_all(self._file, data)
+            write_all(self._file, data)
 
     def read_again(self) -> io.FileIO:
         """Open what was appended for reading, while nobody else can see it; raises OutputError."""
@@ -311,7 +311,8 @@ def _drop_replaced(files: Sequence[SecretFile]) -> None:
                 file.drop_replaced()
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it, however little the kernel takes at once; raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -22,7 +22,7 @@ _ROOMS: Final = (
 )
 _ERRORS: Final = frozenset(
     "InputError ModuleError RefusedError UnreachableError NotAuthenticError OutputError "
-    "PolicyError Finding missing _unwritable nearest _fail".split()
+    "PolicyError Finding missing _unwritable _impossible nearest _fail".split()
 )
 _CONSTANTS: Final = ("HINT", "_NOWHERE", "_NOT_PERMITTED", "_NOT_BASE64", "_ENABLE", "_HOP_LIMIT")
 _OTHER: Final = ("keypolicy/check.py",)  # its findings are no errors of ours
@@ -57,7 +57,7 @@ def _hints_of(call: ast.Call) -> list[ast.expr]:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name not in _ERRORS:
         return []
-    return call.args[2 if name == "_fail" else 1 :]
+    return call.args[2 if name in {"_fail", "_impossible"} else 1 :]
 
 
 def _calls(function: ast.AST) -> Iterator[ast.Call]:

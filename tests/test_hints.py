@@ -178,6 +178,9 @@ LEADS: Final = [
          ("inject --set N=blob -f variable-said.toml",)),
     Lead("anybody with the public key can make another one: unbound = true accepts that",
          "inject -f rsa.toml", ("inject -f rsa-said.toml",)),
+    Lead("attestor inject MANIFEST -- PROGRAM names one", "inject -f program.toml",
+         ("inject -f program.toml -- true",)),
+    Lead('format = "json" can hold it', "inject -f dotenv.toml", ("inject -f json.toml",)),
     Lead('context = { version = "${VERSION}" } says which one it is; only a message of the AWS '
          "Encryption SDK carries its own",
          "inject -f new.toml", ("inject -f --set VERSION=7 new-said.toml",)),
@@ -309,6 +312,7 @@ def fill(enclave: Enclave) -> None:
         "plain.old": b"",
         "long": bytes(3000),
         "bound": enclave.encrypt(node="3", app="x"),
+        "quoted": enclave.encrypt(b"it's"),
         "versioned": enclave.encrypt(version="7"),
         "comma": enclave.encrypt(node="3,app=x"),
     }.items():
@@ -382,6 +386,12 @@ def fill_manifests(enclave: Enclave) -> None:
     for name, (top, source, rest) in parts.items():
         secret = f'[[secret]]\nsource = "{source}"\ntarget = "{folder}/secret"\n{rest}\n'
         enclave.place(f"{top}\n{secret}".encode(), f"{name}.toml")
+    text = f'{pinned}\n[[secret]]\nsource = "{folder}/blob"\n{unbound}\nenvironment = "SECRET"\n'
+    enclave.place(text.encode(), "program.toml")
+    for name in ("dotenv", "json"):
+        member = f'[document.secrets.A]\nsource = "{folder}/quoted"\n{unbound}\n'
+        place = f'target = "{folder}/document"\nformat = "{name}"\n'
+        enclave.place(f"{pinned}\n[[document]]\n{place}{member}".encode(), f"{name}.toml")
 
 
 @pytest.mark.parametrize("lead", LEADS, ids=[f"{lead.hint[:40]} {lead.then[0]}" for lead in LEADS])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from attestor import InputError
 from attestor_commands.inject.fields import json_schema
 from attestor_commands.inject.manifest import ENTRIES_MAX, Entry, Manifest, parse
+from attestor_commands.inject.places import FORMATS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,7 +86,12 @@ sha256 = "{"0" * 64}"
         "s3://bucket/node-12/encryptor-key.enc",
         {"node": "12"},
     )
-    assert (first.key_id, first.mode, first.owner, first.base64) == (ARN, 0o600, (-1, -1), False)
+    assert (first.key_id, first.place.mode, first.place.owner, first.base64) == (
+        ARN,
+        0o600,
+        (-1, -1),
+        False,
+    )
     assert (second.kind, second.sha256) == ("file", "0" * 64)
     assert (manifest.deadline.seconds, manifest.concurrency, manifest.pass_credentials) == (
         60.0,
@@ -135,7 +141,7 @@ context_contains = true
     )
     assert (manifest.ca_bundle, manifest.https_ca_bundle) == ("/etc/ca.pem", "/etc/web.pem")
     entry = only(manifest)
-    assert (entry.mode, entry.owner) == (0o644, (os.getuid(), os.getgid()))
+    assert (entry.place.mode, entry.place.owner) == (0o644, (os.getuid(), os.getgid()))
     assert (entry.form, entry.bound.contains) == ("message", True)
     assert (entry.base64, entry.signed, entry.max_bytes, entry.grant_tokens) == (
         True,
@@ -412,4 +418,11 @@ def test_the_schema_knows_the_keys_that_the_parser_knows() -> None:
     assert schema["additionalProperties"] is False
     for name in ("secret", "file"):
         assert schema["properties"][name]["items"]["additionalProperties"] is False
-        assert schema["properties"][name]["items"]["required"] == ["source", "target"]
+        assert schema["properties"][name]["items"]["required"][0] == "source"
+    document = schema["properties"]["document"]["items"]
+    assert document["additionalProperties"] is False
+    assert document["properties"]["format"]["enum"] == list(FORMATS)
+    members = document["properties"]["secrets"]["additionalProperties"]["properties"]
+    secret = set(schema["properties"]["secret"]["items"]["properties"])
+    places = {"target", "environment", "fd", "mode", "owner", "world_readable"}
+    assert secret - places == set(members)

@@ -202,12 +202,15 @@ def test_the_example_of_a_manifest_is_one() -> None:
     """README and the manifest's own page show the same; endpoint and roots are in it."""
     page = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
     (short,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    text, *others = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     assert re.sub(r" +# .*", "", short) == text
     manifest = parse(text.encode(), {"NODE": "3"}, {})
     assert manifest.endpoint_url == "https://kms.eu-west-1.amazonaws.com"
     assert manifest.ca_bundle == "/etc/attestor/aws-roots.pem"
     assert [entry.kind for entry in manifest.entries] == ["secret", "file"]
+    head = text.partition("[")[0]
+    for other in others:
+        assert parse((head + other).encode(), {}, {}).entries
 
 
 def test_the_errors_of_the_documents_are_public() -> None:

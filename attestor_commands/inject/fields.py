@@ -59,16 +59,15 @@ _TABLES: Final = Field(
 )
 _VARIABLES: Final = Field(_is(dict), "a table", {})
 
-_PLACEMENT: Final[Mapping[str, Field]] = {
-    "source": _STRING,
+_ORIGIN: Final[Mapping[str, Field]] = {"source": _STRING, "max_bytes": _between(1, SECRET_MAX)}
+_FILE: Final[Mapping[str, Field]] = {
     "target": _STRING,
     "mode": _STRING,
     "owner": _STRING,
     "world_readable": _FLAG,
-    "max_bytes": _between(1, SECRET_MAX),
 }
-SECRET_FIELDS: Final[Mapping[str, Field]] = {
-    **_PLACEMENT,
+MEMBER_FIELDS: Final[Mapping[str, Field]] = {
+    **_ORIGIN,
     "key_id": _STRING,
     "context": _STRING_TABLE,
     "unbound": _FLAG,
@@ -80,8 +79,26 @@ SECRET_FIELDS: Final[Mapping[str, Field]] = {
     "context_contains": _FLAG,
     "minimum_version": _between(1, VERSION_MAX),
 }
+SECRET_FIELDS: Final[Mapping[str, Field]] = {
+    **_FILE,
+    "environment": _STRING,
+    "fd": _STRING,
+    **MEMBER_FIELDS,
+}
+DOCUMENT_FIELDS: Final[Mapping[str, Field]] = {
+    **_FILE,
+    "format": _STRING,
+    "secrets": Field(
+        lambda value: (
+            isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
+        ),
+        "a table of tables",
+        {},
+    ),
+}
 FILE_FIELDS: Final[Mapping[str, Field]] = {
-    **_PLACEMENT,
+    **_ORIGIN,
+    **_FILE,
     "sha256": _STRING,
     "unauthenticated": _FLAG,
 }
@@ -100,8 +117,10 @@ TOP_FIELDS: Final[Mapping[str, Field]] = {
     "timeout": _between(1, 86400),
     "concurrency": _between(1, 64),
     "pass_credentials": _FLAG,
+    "pass_variables": _FLAG,
     "variables": _VARIABLES,
     "secret": _TABLES,
+    "document": _TABLES,
     "file": _TABLES,
 }
 
@@ -141,6 +160,15 @@ def json_schema() -> dict[str, Any]:
             **({"required": list(required)} if required else {}),
         }
 
+    places = ("target", "environment", "fd")
+    secret = table(SECRET_FIELDS, ("source",)) | {"oneOf": [{"required": [one]} for one in places]}
+    member = table(MEMBER_FIELDS, ("source",))
+    document = table(
+        DOCUMENT_FIELDS,
+        ("target", "format", "secrets"),
+        format={"enum": ["json", "dotenv"]},
+        secrets={"type": "object", "additionalProperties": member, "minProperties": 1},
+    )
     variable = {"oneOf": [{"type": "string"}, table(VARIABLE_FIELDS)]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -148,7 +176,8 @@ def json_schema() -> dict[str, Any]:
         **table(
             TOP_FIELDS,
             variables={"type": "object", "additionalProperties": variable},
-            secret={"type": "array", "items": table(SECRET_FIELDS, ("source", "target"))},
+            secret={"type": "array", "items": secret},
+            document={"type": "array", "items": document},
             file={"type": "array", "items": table(FILE_FIELDS, ("source", "target"))},
         ),
     }

@@ -8,11 +8,6 @@ never something else.
 
 from __future__ import annotations
 
-import grp
-import itertools
-import os
-import posixpath
-import pwd
 import re
 import tomllib
 from dataclasses import dataclass
@@ -22,40 +17,43 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from attestor import Binding
 from attestor_commands.inject.fields import (
     FILE_FIELDS,
+    MEMBER_FIELDS,
     SECRET_FIELDS,
     SECRET_MAX,
     TOP_FIELDS,
-    VARIABLE_FIELDS,
     check_table,
-    nearest,
 )
+from attestor_commands.inject.places import (
+    Document,
+    Place,
+    check_path,
+    check_places,
+    document_of,
+    member_of,
+    place_of,
+)
+from attestor_commands.inject.variables import Variables
 from attestor_commands.versions import VERSION, fault_of
 from attestor_io.ciphertext import check_algorithm, is_symmetric
 from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError, RefusedError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
-from attestor_io.secret_file import real_path
 from attestor_io.urls import without_query
 from attestor_io.vsock import Address, parse_address, parse_hosts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 MANIFEST_MAX: Final = 1 << 20
 ENTRIES_MAX: Final = 300  # each needs two descriptors, of 1024 that a process has by default
 FILE_MAX: Final = 16 << 20
-VALUE_MAX: Final = 1024
-_PATH_MAX: Final = 4096  # bytes, linux/limits.h
 _DOTS_MAX: Final = 1000  # in one line, or as many squares of them in all lines together
 CONCURRENCY: Final = 3  # vsock-proxy serves four connections by default: one is left for others
 VERSION_HINT: Final = (
     'context = { version = "${VERSION}" } says which one it is; only a message of the AWS '
     "Encryption SDK carries its own"
 )
-DEFAULT_PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
-_REFERENCE: Final = re.compile(r"\$\{([^}]*)\}|\$\{")
-_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SOURCE: Final = re.compile(r"https://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
 _OBJECT: Final = re.compile(r"s3://([^/]+)/(.+)")  # whatever a key consists of
 _QUERY: Final = re.compile(r"\?[A-Za-z-]+=")  # no key is called so, but presigned URLs are
@@ -64,21 +62,17 @@ _KEY_MAX: Final = 1024  # bytes of UTF-8, "Naming Amazon S3 objects" of its user
 _FIXED: Final = re.compile(r"/|-\Z|(s3|https)://[^/?#${}]+/")
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|arn:[A-Za-z0-9:._-]{1,200}")
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
-_MODE: Final = re.compile(r"0[0-7]{3}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_SEPARATORS: Final = frozenset("/\\?#%")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One target: a secret, or with `kind` "file" a file that is not sensitive."""
+    """A secret, or with `kind` "file" a file that is not sensitive: from a source to its place."""
 
     kind: Literal["secret", "file"]
     source: str
-    target: str
-    mode: int
-    owner: tuple[int, int]
     max_bytes: int
+    place: Place
     key_id: str | None = None
     context: Mapping[str, str] | None = None
     grant_tokens: tuple[str, ...] = ()
@@ -101,6 +95,7 @@ class Manifest:
     """A manifest with its variables filled in; nothing in it is unchecked."""
 
     entries: tuple[Entry, ...]
+    documents: tuple[Document, ...]
     region: str | None
     key_id: str | None
     endpoint_url: str | None
@@ -113,6 +108,13 @@ class Manifest:
     deadline: Deadline
     concurrency: int
     pass_credentials: bool
+    passed_variables: Mapping[str, str]
+
+    @property
+    def files(self) -> tuple[Place, ...]:
+        """Every file that is to be there: of secrets, files and documents, in this order."""
+        targets = (entry.place for entry in self.entries if entry.place.kind == "target")
+        return (*targets, *(document.place for document in self.documents))
 
 
 def parse(
@@ -141,19 +143,21 @@ def parse(
         name: addresses.get(name) or _address(table, name)
         for name in ("vsock", "imds_vsock", "s3_vsock")
     }
-    variables = _Variables(
+    variables = Variables(
         table.get("variables", {}), given, environment, ways["imds_vsock"], deadline
     )
-    entries = [
-        _secret(number, one, table, variables)
-        for number, one in enumerate(table.get("secret", []), 1)
+    documents = [
+        document_of(one, f"document {number}", variables)
+        for number, one in enumerate(table.get("document", []), 1)
     ]
-    entries += [
-        _file(number, one, variables) for number, one in enumerate(table.get("file", []), 1)
-    ]
+    entries = [*_secrets(table, documents, variables), *_files(table, variables)]
+    passed = variables.values if table.get("pass_variables", False) else {}
     _check_entries(entries)
+    places = [*(one.place for one in entries), *(one.place for one in documents)]
+    check_places(places, passed)
     return Manifest(
         entries=tuple(entries),
+        documents=tuple(documents),
         region=table.get("region"),
         key_id=parse_key_id(table.get("key_id"), "key_id"),
         endpoint_url=parse_endpoint(table.get("endpoint_url"), "endpoint_url"),
@@ -164,6 +168,7 @@ def parse(
         deadline=deadline,
         concurrency=table.get("concurrency", CONCURRENCY),
         pass_credentials=table.get("pass_credentials", False),
+        passed_variables=passed,
     )
 
 
@@ -186,84 +191,25 @@ def _hosts(table: Mapping[str, Any]) -> dict[str, Address]:
     return parse_hosts([f"{host}={address}" for host, address in given.items()], "host_vsock")
 
 
-class _Variables:
-    """The declared variables and their values; one without a value is an error only where it is
-    used.
-    """
-
-    def __init__(
-        self,
-        declared: Mapping[str, Any],
-        given: Mapping[str, str],
-        environment: Mapping[str, str],
-        imds_vsock: Address | None,
-        deadline: Deadline,
-    ) -> None:
-        for name in given:
-            if name not in declared:
-                raise InputError(
-                    f"--set {name}: the manifest declares no such variable",
-                    *nearest(name, declared),
-                )
-        from attestor_io.metadata import tag as instance_tag
-
-        self._values: dict[str, str | None] = {}
-        for name, declaration in declared.items():
-            if not _NAME.fullmatch(name):
-                raise InputError(f"variables: {name} is not a name of letters, digits and _")
-            pattern, tag = _declaration(name, declaration)
-            value = given.get(name, environment.get(name))
-            if value is None and tag is not None:
-                value = instance_tag(tag, imds_vsock, deadline)
-            self._values[name] = value
-            if value is not None and not _matches(pattern, value, name):
-                raise InputError(f"value of variable {name} does not match {pattern}")
-
-    def fill(self, text: str, where: str, *, in_path: bool = False) -> str:
-        """The text with its references replaced; in a path no value may bring a separator."""
-
-        def value_of(reference: re.Match[str]) -> str:
-            name = reference[1]
-            if name not in self._values:
-                what = f"undeclared variable {name}" if name else "${ without a name"
-                raise InputError(f"{where}: {what}", *nearest(name or "", self._values))
-            value = self._values[name]
-            if value is None:
-                raise InputError(
-                    f"{where}: variable {name} has no value", f"--set {name}=VALUE gives one"
-                )
-            if in_path and (_SEPARATORS.intersection(value) or value in {"", ".", ".."}):
-                raise InputError(f"{where}: value of variable {name} is no part of a path")
-            return value
-
-        return _REFERENCE.sub(value_of, text)
-
-
-def _declaration(name: str, declaration: Any) -> tuple[str, str | None]:
-    """Pattern and instance tag of a variable, which is declared as a pattern or as a table."""
-    if isinstance(declaration, str):
-        return declaration or DEFAULT_PATTERN, None
-    if not isinstance(declaration, dict):
-        raise InputError(f"variables: {name} must be a pattern, or a table with pattern and tag")
-    check_table(declaration, VARIABLE_FIELDS, f"variables: {name}")
-    return declaration.get("pattern", DEFAULT_PATTERN), declaration.get("tag")
-
-
-def _matches(pattern: str, value: str, name: str) -> bool:
-    try:
-        found = re.compile(pattern).fullmatch(value[: VALUE_MAX + 1])
-    except re.error as error:
-        raise InputError(
-            f"variables: pattern of {name} is no regular expression: {error}"
-        ) from error
-    return found is not None and len(value) <= VALUE_MAX and value.isprintable()
+def _secrets(
+    top: Mapping[str, Any], documents: Sequence[Document], variables: Variables
+) -> Iterator[Entry]:
+    """Every [[secret]], then those of each [[document]]."""
+    for number, table in enumerate(top.get("secret", []), 1):
+        where = f"secret {number}"
+        check_table(table, SECRET_FIELDS, where)
+        yield _secret(table, top, where, variables, place_of(table, where, variables))
+    for number, document in enumerate(documents, 1):
+        for name, table in top["document"][number - 1]["secrets"].items():
+            place = member_of(document, name, f"document {number}")
+            where = f"document {number}: {name}"
+            check_table(table, MEMBER_FIELDS, where)
+            yield _secret(table, top, where, variables, place)
 
 
 def _secret(
-    number: int, table: Mapping[str, Any], top: Mapping[str, Any], variables: _Variables
+    table: Mapping[str, Any], top: Mapping[str, Any], where: str, variables: Variables, place: Place
 ) -> Entry:
-    where = f"secret {number}"
-    check_table(table, SECRET_FIELDS, where)
     key_id = _key_of(table, top, where)
     _check_form(table, where, key_id)
     context = {
@@ -285,7 +231,8 @@ def _secret(
         form=table.get("form"),
         context_contains=table.get("context_contains", False),
         minimum_version=table.get("minimum_version"),
-        **_placement(table, where, variables, SECRET_MAX),
+        place=place,
+        **_origin(table, where, variables, SECRET_MAX),
     )
 
 
@@ -342,42 +289,41 @@ def _check_version(table: Mapping[str, Any], where: str, context: Mapping[str, s
         raise RefusedError(f"{where} {fault}")
 
 
-def _file(number: int, table: Mapping[str, Any], variables: _Variables) -> Entry:
-    where = f"file {number}"
-    check_table(table, FILE_FIELDS, where)
+def _files(top: Mapping[str, Any], variables: Variables) -> Iterator[Entry]:
+    """Every [[file]]."""
+    for number, table in enumerate(top.get("file", []), 1):
+        where = f"file {number}"
+        check_table(table, FILE_FIELDS, where)
+        yield _file(table, where, variables)
+
+
+def _file(table: Mapping[str, Any], where: str, variables: Variables) -> Entry:
     sha256 = table.get("sha256")
     if (sha256 is None) != table.get("unauthenticated", False):
         raise InputError(f"{where} wants either sha256 or unauthenticated = true")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise InputError(f"{where}: sha256 is not 64 lower-case hexadecimal digits")
-    return Entry(kind="file", sha256=sha256, **_placement(table, where, variables, FILE_MAX))
+    return Entry(
+        kind="file",
+        sha256=sha256,
+        place=place_of(table, where, variables),
+        **_origin(table, where, variables, FILE_MAX),
+    )
 
 
-def _placement(
-    table: Mapping[str, Any], where: str, variables: _Variables, max_bytes: int
+def _origin(
+    table: Mapping[str, Any], where: str, variables: Variables, most: int
 ) -> dict[str, Any]:
-    """What secrets and files have in common."""
-    for name in ("source", "target"):
-        if name not in table:
-            raise InputError(f"{where} has no {name}")
-    mode = table.get("mode", "0600")
-    if not _MODE.fullmatch(mode):
-        raise InputError(f"{where}: mode {mode} is not one such as 0600")
-    if int(mode, 8) & 0o007 and not table.get("world_readable", False):
-        raise InputError(
-            f"{where}: mode {mode} opens it to everybody",
-            "world_readable = true says that this is meant",
-        )
+    """Where the bytes of a secret or file come from, and how many there may be."""
+    if "source" not in table:
+        raise InputError(f"{where} has no source")
     return {
         "source": _source(table["source"], where, variables),
-        "target": _target(variables.fill(table["target"], f"{where}: target", in_path=True), where),
-        "mode": int(mode, 8),
-        "owner": _owner(table.get("owner"), where),
-        "max_bytes": table.get("max_bytes", max_bytes),
+        "max_bytes": table.get("max_bytes", most),
     }
 
 
-def _source(text: str, where: str, variables: _Variables) -> str:
+def _source(text: str, where: str, variables: Variables) -> str:
     """A source after substitution; a variable chooses neither scheme nor host nor bucket."""
     if not _FIXED.match(text):
         what = (
@@ -392,7 +338,7 @@ def _source(text: str, where: str, variables: _Variables) -> str:
     if source == "-":
         return source
     if source.startswith("/"):
-        return _target(source, where, "source")
+        return check_path(source, where, "source")
     shown = without_query(source)
     parts = (_OBJECT if source.startswith("s3") else _SOURCE).fullmatch(source)
     if source.startswith("s3"):
@@ -408,52 +354,11 @@ def _source(text: str, where: str, variables: _Variables) -> str:
     return source
 
 
-def _target(path: str, where: str, what: str = "target") -> str:
-    if not path.startswith("/"):
-        raise InputError(f"{where}: {what} {path} is not an absolute path")
-    if len(os.fsencode(path)) >= _PATH_MAX:
-        raise InputError(f"{where}: {what} is longer than {_PATH_MAX - 1} bytes")
-    if (
-        posixpath.normpath(path) != path
-        or path.startswith("//")
-        or not path.isprintable()
-        or path == "/"
-    ):
-        raise InputError(f"{where}: {what} {path} is not in its shortest form, or names a folder")
-    return path
-
-
-def _owner(text: str | None, where: str) -> tuple[int, int]:
-    """User and group ids of USER, USER:GROUP or numbers; -1 leaves one as it is."""
-    if text is None:
-        return -1, -1
-    user, _, group = text.partition(":")
-    try:
-        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
-        gid = -1 if not group else int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{where}: owner {text} is not known here") from error
-    if max(uid, gid) >= 2**32 - 1:
-        raise InputError(f"{where}: owner {text} is not known here")
-    return uid, gid
-
-
-def _check_entries(entries: list[Entry]) -> None:
-    """What entries must not do to each other."""
+def _check_entries(entries: Sequence[Entry]) -> None:
+    """How many entries there may be, and what they must not do to each other."""
     if not 0 < len(entries) <= ENTRIES_MAX:
         raise InputError(
             f"manifest has {len(entries)} secrets and files, expected 1 to {ENTRIES_MAX}"
         )
     if sum(entry.source == "-" for entry in entries) > 1:
         raise InputError("two sources are standard input")
-    real: dict[str, str] = {}
-    for entry in entries:
-        folder, name = os.path.split(entry.target)
-        path = os.path.join(real_path(folder), name)
-        if path in real:
-            raise InputError(f"target {entry.target} is there twice")
-        real[path] = entry.target
-    # in this order a folder is followed at once by all that is in it
-    for folder, path in itertools.pairwise(sorted(real, key=lambda path: path.split("/"))):
-        if path.startswith(f"{folder}/"):
-            raise InputError(f"target {real[path]} is inside target {real[folder]}")

@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 import struct
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from attestor_io.errors import AttestorError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 CREDENTIALS: Final = frozenset(
     "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN "
@@ -102,13 +102,25 @@ def _not_executable(name: str, reason: str) -> ProgramError:
     return ProgramError(f"{name} cannot be executed: {reason}", 126)
 
 
-def execute(path: str, program: Sequence[str], *, pass_credentials: bool) -> NoReturn:
+class Inheritance(NamedTuple):
+    """What a program gets beside this process's environment; the descriptors stay open."""
+
+    variables: Mapping[str, str | bytes]
+    descriptors: Sequence[int]
+
+
+def execute(
+    path: str, program: Sequence[str], inheritance: Inheritance, *, pass_credentials: bool
+) -> NoReturn:
     """Become the program: its exit status and signals are its own. Raises ProgramError."""
-    environment = {
+    environment: dict[str, str | bytes] = {
         name: value
         for name, value in os.environ.items()
         if pass_credentials or not (name in CREDENTIALS or name.startswith(_BEARER_TOKENS))
     }
+    environment |= inheritance.variables  # may be credentials of the program's own
+    for descriptor in inheritance.descriptors:
+        os.set_inheritable(descriptor, True)
     for number in _IGNORED_BY_PYTHON:  # which execve would keep
         signal.signal(number, signal.SIG_DFL)
     try:

@@ -20,6 +20,7 @@ from attestor import (
     log,
     process_recipient,
 )
+from attestor_commands.inject.deliveries import Deliveries
 from attestor_commands.inject.manifest import (
     MANIFEST_MAX,
     VERSION_HINT,
@@ -42,10 +43,12 @@ from attestor_io.urls import without_query
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from attestor_io.secret_file import SecretFile
+    from attestor_commands.inject.deliveries import Delivery
+    from attestor_commands.inject.places import Place
     from attestor_io.vsock import Address
     from nsm.document import AttestationDocument
 
+PROGRAM_HINT: Final = "attestor inject MANIFEST -- PROGRAM names one"
 _SILENT: Final = "no document of the Nitro Secure Module"
 _CHUNK: Final = 1 << 20
 
@@ -84,30 +87,31 @@ def inject(
     if manifest_file == "-" and any(entry.source == "-" for entry in manifest.entries):
         raise InputError("standard input is the manifest, and a source in it")
     if receipt is not None and real_path(receipt) in {
-        real_path(one.target) for one in manifest.entries
+        real_path(place.name) for place in manifest.files
     }:
         raise InputError(f"receipt {receipt} is a target too")
+    for entry in manifest.entries:
+        if entry.place.needs_program and not program:
+            raise InputError(f"{entry.place} is for a program, and none is named", PROGRAM_HINT)
     executable = find_program(program[0]) if program else None
     kms = _kms(manifest)
     with Placement() as placement:
-        targets = [
-            placement.add(one.target, force=force, mode=one.mode, owner=one.owner)
-            for one in manifest.entries
-        ]
+        deliveries = Deliveries(manifest, placement, force=force)
         receipt_file = placement.add(receipt, force=force) if receipt is not None else None
         injector = _Injector(manifest, kms, placement)
         # what a receipt says of this enclave is read before anything is asked of KMS
         document = kms.deadline.call(_own_document, _SILENT) if receipt_file is not None else None
-        outcomes = injector.run(targets)
+        outcomes = injector.run(deliveries.all)
+        deliveries.complete()
         if receipt_file is not None and document is not None:
             receipt_file.append(_receipt(manifest, outcomes, document))
             receipt_file.seal()
         if executable is None:
             placement.place()
         else:
-            passed = manifest.pass_credentials
+            passed, inheritance = manifest.pass_credentials, deliveries.inheritance()
             placement.place_and_become(
-                lambda: execute(executable, program, pass_credentials=passed)
+                lambda: execute(executable, program, inheritance, pass_credentials=passed)
             )
 
 
@@ -151,12 +155,12 @@ class _Injector:
         )
         self._progress = Progress("written", len(manifest.entries))
 
-    def run(self, targets: Sequence[SecretFile]) -> list[_Outcome]:
-        """Fill every target; raises the first error."""
+    def run(self, deliveries: Sequence[Delivery]) -> list[_Outcome]:
+        """Fill every one of them, as the entries are in order; raises the first error."""
         pool = ThreadPoolExecutor(self._manifest.concurrency, "attestor-inject")
         work = [
-            pool.submit(self._fill, entry, target)
-            for entry, target in zip(self._manifest.entries, targets, strict=True)
+            pool.submit(self._fill, entry, delivery)
+            for entry, delivery in zip(self._manifest.entries, deliveries, strict=True)
         ]
         try:
             with self._progress:
@@ -169,19 +173,19 @@ class _Injector:
             pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in work]
 
-    def _fill(self, entry: Entry, target: SecretFile) -> _Outcome:
+    def _fill(self, entry: Entry, target: Delivery) -> _Outcome:
         try:
             with self._sources.open(entry.source, entry.max_bytes) as stream:
                 fill = self._secret if entry.kind == "secret" else self._copy
                 outcome = fill(entry, stream, target)
             target.seal()
         except AttestorError as error:
-            if entry.target not in str(error):
-                error.args = (f"{entry.target}: {error}",)
+            if str(entry.place) not in str(error):
+                error.args = (f"{entry.place}: {error}",)
             raise
         return outcome
 
-    def _secret(self, entry: Entry, stream: Stream, target: SecretFile) -> _Outcome:
+    def _secret(self, entry: Entry, stream: Stream, target: Delivery) -> _Outcome:
         head = stream.read(head_size(base64_text=entry.base64))
         taken = take_ciphertext(
             head,
@@ -210,7 +214,7 @@ class _Injector:
             len(answer["Plaintext"]), answer["KeyId"], answer["ResponseMetadata"]["RequestId"]
         )
 
-    def _message(self, entry: Entry, message: Message, target: SecretFile) -> _Outcome:
+    def _message(self, entry: Entry, message: Message, target: Delivery) -> _Outcome:
         from attestor_commands import esdk
 
         answers: list[Mapping[str, Any]] = []
@@ -236,7 +240,7 @@ class _Injector:
         )
         return _Outcome(size, answers[-1]["KeyId"], answers[-1]["ResponseMetadata"]["RequestId"])
 
-    def _append(self, target: SecretFile, piece: bytes) -> None:
+    def _append(self, target: Delivery, piece: bytes) -> None:
         self._placement.append(target, piece)
         self._progress.add(len(piece))
 
@@ -246,7 +250,7 @@ class _Injector:
         log.info("KMS answered request %s", answer["ResponseMetadata"].get("RequestId"))
         return answer
 
-    def _copy(self, entry: Entry, stream: Stream, target: SecretFile) -> _Outcome:
+    def _copy(self, entry: Entry, stream: Stream, target: Delivery) -> _Outcome:
         """A file that is not sensitive, as it is."""
         digest = hashlib.sha256()
         size = 0
@@ -282,7 +286,7 @@ def _receipt(
     entries = [
         {
             "kind": entry.kind,
-            "target": entry.target,
+            **_place_in_receipt(entry.place),
             "bytes": outcome.size,
             **drop_unset(key_id=outcome.key_id, request_id=outcome.request_id),
         }
@@ -296,6 +300,12 @@ def _receipt(
         "entries": entries,
     }
     return json.dumps(receipt, indent=2).encode() + b"\n"
+
+
+def _place_in_receipt(place: Place) -> dict[str, str]:
+    if place.kind == "document":
+        return {"target": place.name, "member": place.member}
+    return {place.kind: place.name}
 
 
 def _in_hex(pcrs: Mapping[int, bytes]) -> dict[str, str]:
