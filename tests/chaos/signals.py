@@ -3,7 +3,8 @@
 Each must end as that signal ends a process, with the target as it was before, or with 0 and the
 complete target; in both cases promptly, and without a word on stderr. One case is counted by
 itself: SIGINT while Python starts, some milliseconds before it runs a line of ours, is a
-KeyboardInterrupt in its `site` module, with Python's own words and status.
+KeyboardInterrupt in its `site` module, or before it has found ours, with Python's own words and
+status.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PROMPT: Final = 1.0  # seconds, on a machine that has nothing else to do
 LATE: Final = 10.0  # seconds, on one that has
 HUNG: Final = 60.0
 _PYTHON_STARTS: Final = "Fatal Python error: init_import_site"
+_NO_FRAME: Final = "KeyboardInterrupt\n"  # without a traceback: no line of Python ran yet
 LATEST: Final = 0.7  # seconds after the start of a process
 
 
@@ -103,7 +105,8 @@ def _judge(
     names = set(os.listdir(out.parent)) - {"out"}
     ended = f"status {status}" if status >= 0 else signal.Signals(-status).name
     words = said.decode(errors="replace")
-    if which == signal.SIGINT and status == 1 and words.startswith(_PYTHON_STARTS):
+    starting = words.startswith(_PYTHON_STARTS) or words == _NO_FRAME
+    if which == signal.SIGINT and status == 1 and starting:
         changed = found != old or names
         return "Python's start", "Python's start, and the folder changed" if changed else ""
     if status not in {0, -which}:
