@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeVar
 import click
 
 from attestor_io import kms_errors, names, signals
-from attestor_io.background import IdleWorker
+from attestor_io.background import IdleWorker, run_in_background
 from attestor_io.ciphertext import (
     ALGORITHMS,
     CIPHERTEXT_MAX,
@@ -80,7 +80,7 @@ from attestor_io.reading import Message
 from attestor_io.secret_file import Target, open_target
 from attestor_io.shortage import shortage
 from attestor_io.text_options import complete_from, demand_text, parse_context
-from attestor_io.urls import redact_urls
+from attestor_io.urls import redact_urls, without_query
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
@@ -406,6 +406,7 @@ class Recipient:
         self._document = b""
         self._asked = -DOCUMENT_FRESH  # on the monotonic clock
         self._asked_at = 0.0  # on the clock that can be wrong
+        self._asking = False  # or has asked already
         self._answered: Future[None] = Future()
         self._key = (worker or IdleWorker()).submit(self._make)
 
@@ -428,10 +429,19 @@ class Recipient:
         try:
             self._answered.result(deadline.left)
         except FutureTimeoutError:
-            from nsm.source import title
+            raise _silent_module(deadline) from None
 
-            reason = f"the {title()} does not answer within {deadline.seconds:g} seconds"
-            raise ModuleError(reason) from None
+    def wait_for_document(self, deadline: Deadline) -> None:
+        """Return once the first document is there, or cannot be had, which using it then says.
+
+        It comes before a call, whose wait would be blamed on KMS. Raises ModuleError for a module
+        that was asked and has not answered by then, UnreachableError if it was not asked yet.
+        """
+        try:
+            self._key.exception(deadline.left)
+        except FutureTimeoutError:
+            late = _silent_module(deadline) if self._asking else deadline.passed("no key pair")
+            raise late from None
 
     def document(self) -> bytes:
         """An attestation document for our public key, not older than a minute."""
@@ -482,6 +492,7 @@ class Recipient:
             asked = time.monotonic()
             if asked - self._asked >= DOCUMENT_FRESH:
                 public_key = _public_key_info(key)
+                self._asking = True
                 self._document = use_module(lambda module: module.attest(public_key=public_key))
                 self._asked, self._asked_at = asked, time.time()
                 log.info("attestation document of %d bytes", len(self._document))
@@ -501,6 +512,20 @@ def use_module(use: Callable[[Any], _T]) -> _T:
     except NsmError as error:
         reason, hints = source.explain(error)
         raise ModuleError(reason, *hints) from error
+
+
+def ask_module(use: Callable[[Any], _T], deadline: Deadline) -> _T:
+    """The same where nothing else is waited for: ModuleError also for one that stays silent."""
+    try:
+        return run_in_background(lambda: use_module(use)).result(deadline.left)
+    except FutureTimeoutError:
+        raise _silent_module(deadline) from None
+
+
+def _silent_module(deadline: Deadline) -> ModuleError:
+    from nsm.source import title
+
+    return ModuleError(f"the {title()} does not answer within {deadline.seconds:g} seconds")
 
 
 _worker: IdleWorker | None = None
@@ -606,7 +631,7 @@ def _require_authenticated(endpoint: Any) -> None:
     answer from the parent's.
     """
     if not endpoint.host.lower().startswith("https://"):
-        reason = f"endpoint {endpoint.host} is not https"
+        reason = f"endpoint {without_query(endpoint.host)} is not https"
         raise InputError(reason, names.ENDPOINT_HINT, names.TLS_HINT)
     if not endpoint.http_session._verify:
         raise InputError("the client was made with verify=False", names.TLS_HINT)
@@ -706,18 +731,22 @@ class Kms:
         import botocore.session
 
         recipient.wait_for_module(self.deadline)
-        return self._call(botocore.session.Session(), attested, operation, parameters)
+        session = botocore.session.Session()
+        client = attested(self.ready_client(session))
+        recipient.wait_for_document(self.deadline)
+        return self._call(session, client, operation, parameters)
 
     def call_unattested(self, operation: str, **parameters: object) -> dict[str, Any]:
         """The same without a Recipient, for an operation that has none."""
         import botocore.session
 
-        return self._call(botocore.session.Session(), lambda it: it, operation, parameters)
+        session = botocore.session.Session()
+        return self._call(session, self.ready_client(session), operation, parameters)
 
     def _call(
-        self, session: Any, attest: Callable[[Any], Any], name: str, parameters: Mapping[str, Any]
+        self, session: Any, client: Any, name: str, parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        call = getattr(attest(self.ready_client(session)), name)
+        call = getattr(client, name)
         with errors_translated(session, name, parameters):
             answer: dict[str, Any] = self.deadline.call(lambda: call(**parameters))
         log.info("KMS answered request %s", answer.get("ResponseMetadata", {}).get("RequestId"))
@@ -802,7 +831,8 @@ def _configuration_errors_translated() -> Iterator[None]:
         raise credentials.missing(str(error)) from error
     except Exception as error:
         harmless = isinstance(error, sdk.BotoCoreError | ValueError)
-        reason = f"client of KMS cannot be made: {error if harmless else type(error).__name__}"
+        words = str(error).split(" ") if harmless else [type(error).__name__]
+        reason = f"client of KMS cannot be made: {' '.join(map(without_query, words))}"
         raise InputError(reason, "a variable AWS_... or a profile says so") from error
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from attestor import MODULE_OPTIONS, options, use_module
+from attestor import DEFAULT_TIMEOUT, MODULE_OPTIONS, ask_module, options
 from attestor_commands.inputs import (
     BASE64_OPTION,
     FIELD_OPTIONS,
@@ -20,6 +20,7 @@ from attestor_commands.inputs import (
     trusted_roots,
 )
 from attestor_commands.report import print_report
+from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError
 from attestor_io.secret_file import open_target
 
@@ -48,7 +49,8 @@ def attest(
     with evidence_errors():
         fields = field_values(nonce=nonce, user_data=user_data, public_key=public_key)
     with open_target(output, force=force) as target:
-        target.append(use_module(lambda module: module.attest(**fields)))
+        deadline = Deadline(DEFAULT_TIMEOUT)
+        target.append(ask_module(lambda module: module.attest(**fields), deadline))
         target.place()
 
 
@@ -69,7 +71,8 @@ def describe(in_base64: bool, as_json: bool) -> None:
         }
         return evidence_report.description_object(description, pcrs, module, in_base64=in_base64)
 
-    print_report(use_module(look), evidence_report.description_text, as_json=as_json)
+    seen = ask_module(look, Deadline(DEFAULT_TIMEOUT))
+    print_report(seen, evidence_report.description_text, as_json=as_json)
 
 
 @click.command()

@@ -32,7 +32,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from nitrosim.device import SimulatorError
+from nitrosim.device import SilenceError, SimulatorError
 from nsm.device import DEVICE, NSM_IOCTL_RAW
 from nsm.module import REQUEST_MAX, RESPONSE_MAX
 
@@ -220,9 +220,10 @@ class Dialogue:
         """
         if len(request) > REQUEST_MAX or room < 0:
             raise RefusedError(errno.EINVAL)
-        if getattr(self._module, "silent", False):
+        try:
+            answer = self._module.answer(request)[:RESPONSE_MAX]
+        except SilenceError:
             return None
-        answer = self._module.answer(request)[:RESPONSE_MAX]
         if not answer:
             raise RefusedError(errno.EIO)
         written = answer[:room]

@@ -24,6 +24,7 @@ from nitrosim.cuse import (
     Message,
     RefusedError,
 )
+from nitrosim.device import SilenceError
 
 if TYPE_CHECKING:
     from nitrosim.device import Module
@@ -88,9 +89,10 @@ class TpmDialogue(Dialogue):
         length = int.from_bytes(data[2:_HEADER_MIN], "big")
         if len(data) < _HEADER_MIN or len(data) < length:
             raise RefusedError(errno.EINVAL)
-        if getattr(self._module, "silent", False):
+        try:
+            self.open_files[number] = self._module.answer(data[:length])
+        except SilenceError:
             return None
-        self.open_files[number] = self._module.answer(data[:length])
         return WRITE_OUT.pack(len(data), 0)
 
 

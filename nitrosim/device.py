@@ -51,8 +51,15 @@ class Module(Protocol):
     """What answers a request: `nitrosim.module.SoftwareNsm`, or a test's own."""
 
     def answer(self, request: bytes) -> bytes:
-        """The answer's bytes; none of them hangs up, which the process sees as EIO."""
+        """The answer's bytes; none of them hangs up, which the process sees as EIO.
+
+        Raises SilenceError to leave the caller waiting.
+        """
         ...
+
+
+class SilenceError(Exception):
+    """A request is never answered."""
 
 
 def build_shim(folder: Path | None = None) -> Path:
@@ -243,13 +250,14 @@ class SimulatedDevice:
         """One request, one answer; none, and False, for a client that only opened the device, or
         vanished.
         """
-        with contextlib.suppress(OSError):
-            request = client.recv(REQUEST_MAX + 1)
-            if request and getattr(self._module, "silent", False):
-                self._unanswered.append(client.dup())  # keeps the caller waiting
-            elif request:
-                client.send(self._module.answer(request))
-                return True
+        try:
+            with contextlib.suppress(OSError):
+                request = client.recv(REQUEST_MAX + 1)
+                if request:
+                    client.send(self._module.answer(request))
+                    return True
+        except SilenceError:
+            self._unanswered.append(client.dup())  # keeps the caller waiting
         return False
 
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
+from nitrosim.device import SilenceError
 from nsm import cbor
 from nsm.module import REQUEST_MAX, ErrorCode
 
@@ -58,6 +59,7 @@ FAULTS: Final[Mapping[str, str]] = {
     "nsm-wrong-kind": "the NSM answers another question than the one asked",
     "nsm-empty-random": "the NSM's random answer holds no bytes",
     "silent-module": "the NSM answers nothing, as the driver waits 120 s for it",
+    "silent-attestation": "the same for attestation documents alone",
     "bad-signature": "the document's signature is wrong",
     "expired-leaf": "the document and the certificate it is signed with are six hours old",
     "foreign-root": "the document comes from another PKI",
@@ -154,11 +156,6 @@ class SoftwareNsm:
         self._lock = threading.Lock()
 
     @property
-    def silent(self) -> bool:
-        """Whether requests are to be left without an answer."""
-        return self._fault == "silent-module"
-
-    @property
     def pcrs(self) -> tuple[bytes, ...]:
         """The 32 values as they are now."""
         with self._lock:
@@ -166,8 +163,10 @@ class SoftwareNsm:
 
     def answer(self, request: bytes) -> bytes:
         """Answer one request; a refusal is an answer too, so nothing is ever raised for what a
-        request holds.
+        request holds. Raises SilenceError where the fault is that.
         """
+        if self._fault == "silent-module":
+            raise SilenceError
         if self._fault == "nsm-garbage":
             return b"\xffno CBOR"
         try:
@@ -182,6 +181,8 @@ class SoftwareNsm:
         if len(request) > REQUEST_MAX:
             raise _RefusalError(ErrorCode.InputTooLarge)
         name, fields = _parse(request)
+        if self._fault == "silent-attestation" and name == "Attestation":
+            raise SilenceError
         if self._fault == "nsm-wrong-kind":
             return "LockPCRs" if name == "LockPCR" else "LockPCR"
         result = self._perform(name, fields)

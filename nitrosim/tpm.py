@@ -15,6 +15,7 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from nitrosim.device import SilenceError
 from nitrosim.module import FAULTS as NSM_FAULTS
 from nitrosim.module import PCR_SIZE, ZERO_PCR, SoftwareNsm, extended
 from nsm import cbor
@@ -173,8 +174,6 @@ class SoftwareTpm:
     a PCR or a fault that cannot be.
     """
 
-    silent = False
-
     def __init__(
         self,
         pki: NsmPki,
@@ -187,7 +186,6 @@ class SoftwareTpm:
             raise ValueError(f"no fault of the TPM: {fault}")
         self.pcrs = default_pcrs() | _checked(pcrs or {})
         self._fault = fault
-        self.silent = fault == "silent-module"
         of_nsm = fault if fault in NSM_FAULTS else None
         self._documents = _Signer(pki, self.pcrs, module_id=module_id, fault=of_nsm)
         self.indexes: dict[int, _Index] = {}
@@ -206,7 +204,12 @@ class SoftwareTpm:
         }
 
     def answer(self, command: bytes) -> bytes:
-        """The response to a command; whatever is wrong with it is a response, too."""
+        """The response to a command; whatever is wrong with it is a response, too.
+
+        Raises SilenceError where the fault is that.
+        """
+        if self._fault == "silent-module":
+            raise SilenceError
         with self._lock:
             try:
                 tag, body = self._respond(command)

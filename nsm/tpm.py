@@ -80,11 +80,11 @@ class NitroTpm:
         """
         shared = cls(DeviceNode(DEVICE))
         try:
-            passes = shared._tpm.lists_nsm_request()
-        except TpmError:
-            passes = False
-        if passes:
-            return shared
+            if shared._tpm.lists_nsm_request():
+                return shared
+        except BaseException:
+            shared.close()
+            raise
         shared.close()
         return cls(DeviceNode(BARE_DEVICE))
 
@@ -145,7 +145,10 @@ class NitroTpm:
 
     def random(self) -> bytes:
         """Random bytes of the TPM, as many as it gives at once."""
-        return self._tpm.random(_RANDOM_SIZE)
+        found = self._tpm.random(_RANDOM_SIZE)
+        if not found:
+            raise TpmError("GetRandom", code=ErrorCode.InvalidResponse, detail="no bytes")
+        return found
 
     def close(self) -> None:
         """Close the device."""

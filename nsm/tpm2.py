@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 import threading
 import time
+from errno import ENODEV
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from nsm.module import ErrorCode, NsmError
@@ -104,10 +106,10 @@ _RC_NAMES: Final = {
 _AGAIN: Final = frozenset({0x908, 0x90A, 0x920, 0x922})
 _PAUSES: Final = (0.005, 0.02, 0.1, 0.2, 0.5, 1.0)  # seconds before it is sent again
 _OWNED_HINT: Final = "the owner of this TPM has set a password, but an empty one is used here"
+_AROUND_HINT: Final = "--tpm /dev/tpm0 goes around the kernel's resource manager"
 _HINTS: Final = {
     0x08E: (_OWNED_HINT,),
     0x0A2: (_OWNED_HINT,),
-    RC_COMMAND_CODE: ("--tpm /dev/tpm0 goes around the kernel's resource manager",),
     RC_NV_SPACE: ("indexes of other programs fill the TPM: tpm2_nvundefine removes one",),
     0x921: ("the TPM is locked for a while: tpm2_dictionarylockout --clear-lockout unlocks it",),
 }
@@ -174,10 +176,14 @@ class DeviceNode:
 
     def __init__(self, path: str = DEVICE) -> None:
         self.name = path
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+            # a command that is written into a file replaces what is in it: nothing else is opened
+            self._fd = os.open(path, flags) if stat.S_ISCHR(os.stat(path).st_mode) else -1
         except OSError as error:
             raise TpmError("open", errno=error.errno, detail=path) from error
+        if self._fd < 0:
+            raise TpmError("open", errno=ENODEV, detail=f"{path} is no device")
         self._lock = threading.Lock()  # the kernel holds one response for each open file
 
     def exchange(self, command: bytes) -> bytes:
@@ -401,7 +407,10 @@ class Tpm2:
                 break
             time.sleep(pause)
         if response:
-            raise TpmError.of_response(operation, response)
+            error = TpmError.of_response(operation, response)
+            if error.rc == RC_COMMAND_CODE and self.name != BARE_DEVICE:
+                error.hints = (_AROUND_HINT,)
+            raise error
         return answer
 
     def _exchange(self, operation: str, command: bytes) -> tuple[int, _Reader]:

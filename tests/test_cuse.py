@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nitrosim import cuse
 from nitrosim.cli import _container, cli
 from nitrosim.cuse import CuseDevice, Dialogue
-from nitrosim.device import SimulatorError
+from nitrosim.device import SilenceError, SimulatorError
 from nitrosim.module import SoftwareNsm
 from nsm.device import NSM_IOCTL_RAW
 from tests.conftest import no_thread_stays
@@ -39,7 +39,8 @@ INIT_ANSWER: Final = cuse.INIT_OUT.pack(7, 16, 0, 1, 4096, 4096, 0, 0) + b"DEVNA
 
 
 class Silent(Answers):
-    silent = True
+    def answer(self, request: bytes) -> bytes:
+        raise SilenceError(request)
 
 
 class Broken(Answers):

@@ -224,12 +224,18 @@ def test_a_tpm_that_refuses(enclaves: Callable[..., Enclave], fault: str) -> Non
     assert machine.files() == {"blob"}
 
 
-def test_a_silent_tpm_is_waited_for_as_long_as_told(enclaves: Callable[..., Enclave]) -> None:
-    machine = enclaves(nitrotpm=True, faults=["silent-module"])
+@pytest.mark.parametrize("fault", ["silent-module", "silent-attestation"])
+def test_a_silent_tpm_is_waited_for_as_long_as_told(
+    enclaves: Callable[..., Enclave], fault: str
+) -> None:
+    machine = enclaves(nitrotpm=True, faults=[fault])
     machine.place(machine.encrypt())
     began = time.monotonic()
     run = machine.decrypt("--timeout", "2")
     assert (run.status, run.error) == (3, "the NitroTPM does not answer within 2 seconds")
+    doctor = machine.attestor("doctor", "--timeout", "2", "blob")
+    assert doctor.status == 3, doctor.out
+    assert b"Nitro Secure Module" not in doctor.out
     assert time.monotonic() - began < 60
 
 

@@ -230,15 +230,59 @@ def test_a_refused_open_closes_the_device(pki: NsmPki) -> None:
     assert (caught.value.errno, channel.closed) == (errno.ENODEV, 1)
 
 
+@pytest.mark.parametrize("kind", ["file", "fifo", "socket", "link"])
+def test_what_is_no_device_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    target = tmp_path / "precious"
+    target.write_bytes(b"precious")
+    match kind:
+        case "file":
+            path = target
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(path))
+            listener.close()
+        case "link":
+            path.symlink_to(target)
+    with pytest.raises(TpmError) as caught:
+        DeviceNode(str(path))
+    assert (caught.value.errno, target.read_bytes()) == (errno.ENODEV, b"precious")
+    assert f"{path} is no device" in explain(caught.value)[0]
+
+
+@pytest.mark.parametrize("fault", ["tpm-always-busy", "tpm-cut-short"])
+def test_an_error_of_the_list_is_no_reason_for_the_bare_device(
+    pki: NsmPki, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("nsm.tpm2._PAUSES", (0.0, 0.0))
+    opened: list[str] = []
+    well, ill = SoftwareTpm(pki), SoftwareTpm(pki, fault=fault)
+    lists = Tpm2.lists_nsm_request
+
+    def open_node(path: str) -> InProcess:
+        opened.append(path)
+        return InProcess(well)
+
+    def fail(_: Tpm2) -> bool:
+        return lists(Tpm2(InProcess(ill)))
+
+    monkeypatch.setattr("nsm.tpm.DeviceNode", open_node)
+    monkeypatch.setattr("nsm.tpm.Tpm2.lists_nsm_request", fail)
+    with pytest.raises(TpmError):
+        NitroTpm.on_this_machine()
+    assert opened == ["/dev/tpmrm0"]
+
+
 def test_a_device_that_cannot_be_opened_or_talked_to_says_so(tmp_path: Path) -> None:
-    for path, number in ((tmp_path / "absent", errno.ENOENT), (tmp_path, errno.EISDIR)):
+    for path, number in ((tmp_path / "absent", errno.ENOENT), (tmp_path, errno.ENODEV)):
         with pytest.raises(TpmError) as caught:
             DeviceNode(str(path))
         assert caught.value.errno == number
         assert explain(caught.value)[0].startswith("no NitroTPM: open: ")
-    (tmp_path / "file").touch()
     with pytest.raises(TpmError) as caught:
-        NitroTpm(DeviceNode(str(tmp_path / "file")))
+        NitroTpm(DeviceNode("/dev/null"))
     assert "InvalidResponse" in str(caught.value)
     with pytest.raises(TpmError) as caught:
         NitroTpm(DeviceNode("/dev/full"))

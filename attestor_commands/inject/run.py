@@ -144,6 +144,7 @@ class _Injector:
         recipient.wait_for_module(kms.deadline)
         self._session = botocore.session.Session()
         self._client = attested(kms.ready_client(self._session, connections=manifest.concurrency))
+        recipient.wait_for_document(kms.deadline)
         self._sources = Sources(
             self._session,
             kms.region,
