@@ -10,6 +10,7 @@ failure with that error's exit status, or Skipped when what it needs is not ther
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -121,11 +122,7 @@ class Case:
 
     def ask_module(self, use: Callable[[Any], _T]) -> _T:
         """Use the module; ModuleError also for one that does not answer in time."""
-        silence = "the Nitro Secure Module does not answer"
-        try:
-            return self.in_time(lambda: attestor.use_module(use), silence)
-        except errors.UnreachableError as error:
-            raise errors.ModuleError(str(error)) from error
+        return attestor.ask_module(use, self.deadline.within(self.patience))
 
     def need(self, check: str) -> None:
         """Skip the check that runs if this one failed."""
@@ -228,7 +225,7 @@ def _entropy(case: Case) -> Finding:
     draws = case.ask_module(lambda module: [module.random(256), module.random(256)])
     if draws[0] == draws[1] or any(len(set(draw)) < 16 for draw in draws):
         return Finding(
-            "randomness of the Nitro Secure Module repeats itself",
+            f"randomness of the {source.title()} repeats itself",
             "trust no key that is made here",
         )
     try:
@@ -295,8 +292,7 @@ def _name(case: Case) -> Finding:
     _need_client(case)
     host, port = case.where
     if case.proxy:
-        proxy = urlsplit(case.proxy)
-        host, port = proxy.hostname or "", proxy.port or 80
+        host, port = _host_of(case.proxy)
     hint = "an enclave has no DNS of its own: name the endpoint in /etc/hosts, or use --vsock"
     try:
         found = case.in_time(
@@ -306,6 +302,14 @@ def _name(case: Case) -> Finding:
         raise errors.UnreachableError(f"name {host} cannot be resolved: {error}", hint) from error
     case.target = host, port
     return Finding(f"{host} is {found[0][4][0]}" + (", a proxy" if case.proxy else ""))
+
+
+def _host_of(proxy: str) -> tuple[str, int]:
+    """Host and port of a proxy's URL; raises InputError, as decrypt does."""
+    url = urlsplit(proxy)
+    with contextlib.suppress(ValueError):
+        return url.hostname or "", url.port or 80
+    raise errors.InputError("KMS cannot be called: the proxy of HTTPS_PROXY is no URL")
 
 
 def _tcp(case: Case) -> Finding:

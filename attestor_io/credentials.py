@@ -222,18 +222,18 @@ def _fields(body: bytes, source: str) -> dict[str, str]:
         code = fields.get("Code") or fields.get("code")
         said = f", it says {kms_errors.cut(code)}" if isinstance(code, str) else ""
         raise RefusedError(f"answer of {source} has no {', '.join(lacking)}{said}")
-    return {**fields, "Expiration": _lasting(fields["Expiration"])}
+    return {**fields, "Expiration": _renewal(fields["Expiration"], source)}
 
 
-def _lasting(expiration: str) -> str:
+def _renewal(expiration: str, source: str) -> str:
     """When to renew credentials: in some minutes, if they seem to have expired already.
 
     The source cannot give newer ones, or our clock is ahead: whether they hold is AWS's to say.
     """
-    form = "%Y-%m-%dT%H:%M:%SZ"
     try:
-        expires = datetime.strptime(expiration, form).replace(tzinfo=UTC)
-    except ValueError:
-        return expiration
-    now = datetime.now(UTC)
-    return (now + _GRACE).strftime(form) if expires <= now else expiration
+        expires = datetime.fromisoformat(expiration)
+        soon = datetime.now(UTC) + _GRACE
+        lasts = expires > datetime.now(UTC)
+    except (ValueError, TypeError) as error:  # no time at all, or one without a zone
+        raise UnreachableError(f"answer of {source} has an Expiration that is none") from error
+    return (expires if lasts else soon).isoformat(timespec="seconds")

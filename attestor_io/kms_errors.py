@@ -101,7 +101,11 @@ def _answered_too_much(error: AttestorError, service: str) -> AttestorError:
 def _translate_connection(error: Any, service: str) -> AttestorError:
     """A connection that there is not, or that does not last."""
     from botocore.exceptions import SSLError
+    from urllib3.exceptions import LocationParseError
 
+    if any(isinstance(cause, LocationParseError) for cause in causes(error)):
+        # of a proxy: whatever else is asked was a URL before. Its text may end in a password
+        return InputError(f"{service} cannot be called: the proxy of HTTPS_PROXY is no URL")
     if fault := fault_on_the_way(error, service):
         return fault
     if isinstance(error, SSLError):

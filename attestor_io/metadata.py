@@ -76,7 +76,7 @@ def fetch(path: str, address: Address | None = None, deadline: Deadline | None =
     """
     _check_path(path)
     service = Service.at(address, os.environ, deadline or Deadline(TIMEOUT))
-    return one_line(service.get(path, service.token()), path)
+    return _one_line(service.get(path, service.token()), path)
 
 
 def region(address: Address | None = None, deadline: Deadline | None = None) -> str:
@@ -137,9 +137,10 @@ class Service:
     def token(self) -> str:
         """The token that every question needs; raises UnreachableError and RefusedError."""
         header = f"{_HEADER}-ttl-seconds: 60\r\nContent-Length: 0"
-        token = one_line(self._ask("PUT", "/latest/api/token", header, _A_TOKEN), _A_TOKEN)
+        body = self._ask("PUT", "/latest/api/token", header, _A_TOKEN)
+        token = body.decode("ascii", "replace")
         if not _TOKEN.fullmatch(token):
-            raise RefusedError("metadata service gives a token that is none")
+            raise UnreachableError("metadata service gives a token that is none")
         return token
 
     def get(self, path: str, token: str) -> bytes:
@@ -149,9 +150,9 @@ class Service:
     def role(self) -> tuple[str, bytes]:
         """The instance's role, and the JSON of its credentials; raises as `token` does."""
         token = self.token()
-        role = one_line(self.get(_ROLES, token), "a role")
+        role = self.get(_ROLES, token).decode("ascii", "replace")
         if not _ROLE.fullmatch(role):
-            raise RefusedError("metadata service names a role that is none")
+            raise UnreachableError("metadata service names a role that is none")
         return role, self.get(_ROLES + role, token)
 
     def _ask(self, method: str, path: str, header: str, what: str) -> bytes:
@@ -290,7 +291,7 @@ def _refusal(status: int, what: str) -> AttestorError:
     return kind(f"metadata service answers {status} for {what}")
 
 
-def one_line(body: bytes, what: str) -> str:
+def _one_line(body: bytes, what: str) -> str:
     """The text of an answer, which must be one printable line; raises RefusedError."""
     with contextlib.suppress(UnicodeDecodeError):
         text = body.decode()

@@ -10,16 +10,21 @@ import re
 from typing import Final
 
 _HIDDEN: Final = "?..."
+_START: Final = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?/+")
 _QUERY: Final = re.compile(r"[?#](?=\S)")
 
 
 def without_query(url: str) -> str:
-    """A URL as messages show it: with neither query, fragment, user nor password."""
-    scheme, found, rest = url.partition("://")
-    if not found:
-        return url
-    shown = re.split(r"[?#]", rest, maxsplit=1)[0]
-    return f"{scheme}://{_without_user(shown)}" + (_HIDDEN if shown != rest else "")
+    """A URL as messages show it: with neither query, fragment, user nor password.
+
+    What was only meant to be one, without a scheme or with too few slashes, is shown in this way.
+    """
+    if url.startswith("/") and not url.startswith("//"):
+        return url  # a file's path, which has none of these
+    shown = re.split(r"[?#]", url, maxsplit=1)[0]
+    start = _START.match(shown)
+    end = start.end() if start else 0
+    return shown[:end] + _without_user(shown[end:]) + (_HIDDEN if shown != url else "")
 
 
 def redact_urls(text: str) -> str:

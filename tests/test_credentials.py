@@ -112,6 +112,19 @@ def test_credentials_that_expired_by_our_clock(enclave: Enclave) -> None:
         assert decrypt(enclave, {FULL: server.url}).status == 0
 
 
+@pytest.mark.parametrize(
+    "expiration", ["never", "", "2099-01-01", "2099-01-01T00:00:00", "2099-01-01T00:00:00+99:99"]
+)
+def test_an_expiration_that_is_none(enclave: Enclave, expiration: str) -> None:
+    body = given(enclave, Expiration=expiration)
+    for name, answer in ((METADATA, instance(body)), (FULL, whole(body))):
+        with Server(answer) as server:
+            run = decrypt(enclave, {name: server.url})
+        assert run.status == 5, run.err
+        assert server.url in run.error
+        assert run.error.endswith("has an Expiration that is none")
+
+
 def test_a_metadata_service_that_is_not_there(enclave: Enclave) -> None:
     run = decrypt(enclave, {METADATA: NOWHERE})
     assert (run.status, run.error) == (
@@ -137,10 +150,14 @@ def test_a_token_that_never_comes(enclave: Enclave, silent: int) -> None:
     [
         (instance(b"", whole(b"", "403 Forbidden")), 4, "metadata service answers 403 for a token"),
         (instance(b"", whole(b"", "500 Oops")), 5, "metadata service answers 500 for a token"),
+        (instance(b"", whole(b"<p>log in</p>\n")), 5, "gives a token that is none"),
+        (instance(b"", whole(b"\xff")), 5, "gives a token that is none"),
+        (instance(b"", roles=whole(b"")), 5, "names a role that is none"),
+        (instance(b"", roles=whole(b"two\nlines")), 5, "names a role that is none"),
         (instance(b"", roles=whole(b"", "404 Not Found")), 4, "the instance has no role"),
         (instance(b"", roles=whole(b"", "503 Busy")), 5, "answers 503 for iam/"),
-        (instance(b"", roles=whole(b"a role")), 4, "names a role that is none"),
-        (instance(b"", roles=whole(b"../..")), 4, "names a role that is none"),
+        (instance(b"", roles=whole(b"a role")), 5, "names a role that is none"),
+        (instance(b"", roles=whole(b"../..")), 5, "names a role that is none"),
         (instance(b"{"), 5, "is not JSON"),
         (instance(b"3"), 5, "is JSON, but no object"),
         (

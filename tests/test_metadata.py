@@ -246,9 +246,9 @@ def test_a_hostile_answer(answers: Callable[..., Hostile], name: str, which: str
     start = time.monotonic()
     with pytest.raises(AttestorError) as caught:
         metadata.fetch("placement/region", deadline=Deadline(0.5 if answer is None else 10))
-    assert type(caught.value) is (UnreachableError if name in UNREACHABLE else RefusedError), (
-        caught.value
-    )
+    # of a value that is none only another one helps, a token that is none may be another's answer
+    again = name in UNREACHABLE or (which == "token" and b" 200 " in (answer or b"")[:20])
+    assert type(caught.value) is (UnreachableError if again else RefusedError), caught.value
     assert time.monotonic() - start < 5
     assert "\x1b" not in str(caught.value)
 
@@ -258,7 +258,7 @@ def test_a_token_that_would_be_more_than_a_header(
     answers: Callable[..., Hostile], token: bytes
 ) -> None:
     server = answers(ok(token))
-    with pytest.raises(RefusedError):
+    with pytest.raises(UnreachableError, match="gives a token that is none"):
         metadata.region()
     assert len(server.requests) == 1
 

@@ -37,12 +37,18 @@ HIDDEN: Final = "5f6e7d8c"
         ("https://host/a@b", "https://host/a@b"),
         ("s3://bucket/key", "s3://bucket/key"),
         ("/a/file?of=this#name", "/a/file?of=this#name"),
+        (f"host/path?sig={HIDDEN}", "host/path?..."),
+        (f"https:/host/path?sig={HIDDEN}", "https:/host/path?..."),
+        (f"https:host/path?sig={HIDDEN}", "https:host/path?..."),
+        (f"//me:{HIDDEN}@host/path?sig={HIDDEN}", "//host/path?..."),
+        (f"https:/me:{HIDDEN}@host/path", "https:/host/path"),
+        (f"me:{HIDDEN}@host/path", "host/path"),
         ("-", "-"),
     ],
 )
 def test_what_is_shown(url: str, shown: str) -> None:
     assert without_query(url) == shown
-    if " " not in url:
+    if " " not in url and "://" in url:  # in a sentence nothing else is known for one
         assert redact_urls(f"source {url} is late") == f"source {shown} is late"
 
 
@@ -109,6 +115,10 @@ def test_notes_are_shown_so_too(capsys: pytest.CaptureFixture[str]) -> None:
         f"ftp://me:{HIDDEN}@host/a",
         f"s3://bucket/key?sig={HIDDEN}",
         f"https://host/a?sig={HIDDEN}#x",
+        f"host/a?sig={HIDDEN}",
+        f"https:/host/a?sig={HIDDEN}",
+        f"https:me:{HIDDEN}@host/a",
+        f"//me:{HIDDEN}@host/a?sig={HIDDEN}",
     ],
 )
 def test_a_source_that_is_refused(source: str) -> None:
@@ -146,12 +156,19 @@ def test_an_endpoint_that_is_refused(rest: str, monkeypatch: pytest.MonkeyPatch)
         ("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://[bad?token={HIDDEN}"),
         ("AWS_ENDPOINT_URL_KMS", f"https://127.0.0.1:1/?token={HIDDEN}"),
         ("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:1/?token={HIDDEN}"),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"me:{HIDDEN}@h/x?token={HIDDEN}"),
+        ("AWS_ENDPOINT_URL_KMS", f"kms.example?token={HIDDEN}"),
+        ("AWS_ENDPOINT_URL_KMS", f"me:{HIDDEN}@kms.example"),
         ("HTTPS_PROXY", f"http://me:{HIDDEN}@127.0.0.1:1"),
+        ("HTTPS_PROXY", f"http://me:{HIDDEN}/x@127.0.0.1:1"),
+        ("HTTPS_PROXY", f"http://{HIDDEN}:x/y@127.0.0.1:1"),
     ],
 )
 def test_a_url_of_the_environment(enclave: Enclave, variable: str, url: str) -> None:
     enclave.place(os.urandom(200))
     environment: dict[str, str | None] = {variable: url, "AWS_MAX_ATTEMPTS": "1"}
+    if "PROXY" in variable:
+        environment |= {"NO_PROXY": None, "no_proxy": None}
     if "ENDPOINT_URL" not in variable and "PROXY" not in variable:
         gone = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
         environment |= dict.fromkeys((*gone, "AWS_EC2_METADATA_DISABLED"))

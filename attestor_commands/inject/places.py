@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from attestor_commands.inject.fields import DOCUMENT_FIELDS, check_table
 from attestor_io.errors import InputError
 from attestor_io.secret_file import real_path
+from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -132,7 +133,8 @@ def check_path(path: str, where: str, what: str = "target") -> str:
         or not path.isprintable()
         or path == "/"
     ):
-        raise InputError(f"{where}: {what} {path} is not in its shortest form, or names a folder")
+        shown = without_query(path)
+        raise InputError(f"{where}: {what} {shown} is not in its shortest form, or names a folder")
     return path
 
 
