@@ -43,6 +43,9 @@ class Bound(NamedTuple):
 USUAL_BOUND: Final = Bound(64 << 10)
 FOREIGN_BOUND: Final = Bound(512 << 10)  # KMS's longest, a thousand names of keys: some 150 KiB
 OBJECTS_BOUND: Final = Bound(64 << 10, objects=True)
+SECRETS_BOUND: Final = Bound(160 << 10)  # 64 KiB of a SecretBinary in base64, and what is around it
+
+_BOUNDS: Final = {"s3": OBJECTS_BOUND, "secretsmanager": SECRETS_BOUND}  # by the name of a service
 
 
 class AnswerTooLongError(UnreachableError):
@@ -109,7 +112,7 @@ def govern_session(session: Any, hosts: Mapping[str, Address]) -> None:
         """First base of the session's clients."""
 
         def __init__(self, serializer: object, endpoint: Any, *args: Any, **rest: Any) -> None:
-            bound = OBJECTS_BOUND if endpoint._endpoint_prefix == "s3" else USUAL_BOUND
+            bound = _BOUNDS.get(endpoint._endpoint_prefix, USUAL_BOUND)
             govern(endpoint.http_session, by_name(hosts), bound)
             super().__init__(serializer, endpoint, *args, **rest)  # type: ignore[call-arg]  # botocore's BaseClient
 

@@ -38,6 +38,21 @@ _TRANSIENT: Final = frozenset(
     "ServiceUnavailable ServiceUnavailableException".split()
 )
 
+# What a caller's credentials or permissions are to blame for, whichever status AWS gives it
+_NOT_ALLOWED: Final = UNSIGNED | frozenset(
+    "AccessDenied AccessDeniedException DecryptionFailure ExpiredToken ExpiredTokenException "
+    "InvalidClientTokenId MissingAuthenticationTokenException UnrecognizedClientException".split()
+)
+
+
+def kind_of(code: str) -> type[AttestorError] | None:
+    """What an error code of AWS is, where it tells more than the HTTP status: worth another try,
+    or a refusal.
+    """
+    if code in _TRANSIENT:
+        return UnreachableError
+    return RefusedError if code in _NOT_ALLOWED else None
+
 
 def translate(  # noqa: PLR0911 - a table
     error: Exception, operation: str, service: str = "KMS"

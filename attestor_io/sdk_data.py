@@ -39,7 +39,7 @@ def _loader() -> Any:
     data: Any = Loader(
         [Loader.BUILTIN_DATA_PATH], _FileLoader(), include_default_search_paths=False
     )
-    # besides KMS, the services that a source of credentials may call
-    services = "kms s3 sts sso sso-oidc signin".split()
+    # besides KMS, where ciphertexts are kept, and what a source of credentials may call
+    services = "kms s3 secretsmanager ssm sts sso sso-oidc signin".split()
     data.list_available_services = lambda type_name: services  # noqa: ARG005
     return data

@@ -217,10 +217,15 @@ class Signed:
 
 
 def authenticate(
-    request: Request, body: bytes, credentials: Credentials, region: str, now: datetime
+    request: Request,
+    body: bytes,
+    credentials: Credentials,
+    region: str,
+    now: datetime,
+    service: str = "kms",
 ) -> None:
-    """Check that the request was signed with these credentials, for KMS in this region, within the
-    last minutes.
+    """Check that the request was signed with these credentials, for a service in this region,
+    within the last minutes.
 
     Raises KmsError as AWS does.
     """
@@ -231,7 +236,7 @@ def authenticate(
             "UnrecognizedClientException", "The security token included in the request is invalid."
         )
     date = request.headers.get("X-Amz-Date", "")
-    _check_scope(signed.scope, date, region)
+    _check_scope(signed.scope, date, region, service)
     _check_date(date, now)
     canonical_request = signed.canonical_request(request, body)
     if not _same(
@@ -260,8 +265,8 @@ def _same(left: str, right: str) -> bool:
     return hmac.compare_digest(left.encode(), right.encode())
 
 
-def _check_scope(scope: str, date: str, region: str) -> None:
-    expected = f"{date[:8]}/{region}/kms/aws4_request"
+def _check_scope(scope: str, date: str, region: str, service: str) -> None:
+    expected = f"{date[:8]}/{region}/{service}/aws4_request"
     if scope != expected:
         raise KmsError(
             "InvalidSignatureException",

@@ -53,7 +53,8 @@ class _Refusal(Exception):  # noqa: N818 - an answer
 
 
 class ObjectStore:
-    """A WSGI application in front of another: it keeps objects, and hands KMS's requests on.
+    """A WSGI application in front of another: it keeps objects, and hands on the requests to KMS
+    and to all others that have a target.
 
     `objects` holds them by BUCKET/KEY.
     """

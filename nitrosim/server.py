@@ -139,7 +139,8 @@ def _pki(region: str, fault: str | None) -> TlsPki:
     if fault == "tls-wrong-name":
         return TlsPki.generate(now=now, names=["kms.nitrosim.invalid"])
     suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-    hosts = [f"{service}.{region}.{suffix}" for service in ("kms", "kms-fips", "s3", "*.s3")]
+    services = ("kms", "kms-fips", "s3", "*.s3", "secretsmanager", "ssm")
+    hosts = [f"{service}.{region}.{suffix}" for service in services]
     return TlsPki.generate(
         now=now, names=[*hosts, "localhost"], ips=["127.0.0.1"], expired=fault == "tls-expired"
     )

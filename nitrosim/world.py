@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from nitrosim import kms, metadata, module, objects, server, tpm
 from nitrosim.device import SimulatedDevice, SimulatedTpm, open_folder
 from nitrosim.pki import NsmPki
+from nitrosim.stored_values import StoredValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -111,7 +112,7 @@ class World:
             pki, pcrs={**role, **(pcrs or {})}, debug=debug, fault=None if nitrotpm else fault
         )
         self.tpm = tpm.SoftwareTpm(pki, pcrs=tpm_pcrs, fault=fault) if nitrotpm else None
-        self.store = objects.ObjectStore(self.kms)
+        self.store = _beside(self.kms, clock_skew)
         self.status_lines: list[str] = []
         self.device = device
         self._vsock = vsock
@@ -126,12 +127,12 @@ class World:
 
     @property
     def url(self) -> str:
-        """The endpoint of KMS; beside it, /BUCKET/KEY of S3."""
+        """The endpoint of KMS and of what is beside it: /BUCKET/KEY of S3, stored values."""
         return self._server.url
 
     @property
     def port(self) -> int:
-        """The TCP port of both."""
+        """The TCP port of all of them."""
         return self._server.port
 
     @property
@@ -162,6 +163,8 @@ class World:
                 "AWS_REGION": kms.REGION,
                 "AWS_DEFAULT_REGION": kms.REGION,
                 "AWS_ENDPOINT_URL_KMS": self.url,
+                "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url,
+                "AWS_ENDPOINT_URL_SSM": self.url,
                 # a number: buckets stay in the path
                 "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self._server.port}",
                 "AWS_CA_BUNDLE": ca,
@@ -231,6 +234,18 @@ class World:
         self.status_lines.append(line)
         if self._on_status:
             self._on_status(line)
+
+
+def _beside(attested: kms.AttestedKms, clock_skew: float) -> objects.ObjectStore:
+    """KMS, and in front of it what else is at its endpoint."""
+    values = StoredValues(
+        attested,
+        region=kms.REGION,
+        account=kms.ACCOUNT,
+        credentials=attested.credentials,
+        clock=lambda: datetime.now(UTC) + timedelta(seconds=clock_skew),
+    )
+    return objects.ObjectStore(values)
 
 
 def _instance(

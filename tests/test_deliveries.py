@@ -15,14 +15,13 @@ from attestor import InputError, OutputError
 from attestor_commands.inject.deliveries import ENVIRONMENT_MAX, MEMBER_MAX, MemoryFile
 from attestor_commands.inject.manifest import parse
 from attestor_commands.inject.places import Place
-from tests.conftest import ROOT, Enclave, Run
-from tests.forked import ForkServer
+from tests.conftest import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from nitrosim.world import World
+    from tests.conftest import Enclave
 
 DONE: Final = Run(0, b"", "")
 ARN: Final = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
@@ -58,8 +57,8 @@ TELLER: Final = ("--", sys.executable, "-Ic", TELL)
 class Bench:
     """Secrets in files of their own, and a manifest in the making."""
 
-    def __init__(self, enclave: Enclave, server: ForkServer) -> None:
-        self.enclave, self._server = enclave, server
+    def __init__(self, enclave: Enclave) -> None:
+        self.enclave, self.attestor = enclave, enclave.attestor
         self.run = enclave.folder / "run"
         self.run.mkdir()
         self.head = f'region = "eu-west-1"\nkey_id = "{enclave.world.kms.key_arn}"\n'
@@ -91,12 +90,6 @@ class Bench:
             self.text += f"[document.secrets.{name}]\n{_lines(self.source(plaintext))}"
         return self
 
-    def attestor(self, *arguments: str, environment: Mapping[str, str | None] | None = None) -> Run:
-        """Run one command."""
-        return self._server.attestor(
-            *arguments, folder=self.enclave.folder, environment=environment
-        )
-
     def inject(self, *arguments: str, environment: Mapping[str, str | None] | None = None) -> Run:
         """Run `attestor inject` with the manifest."""
         self.enclave.place((self.head + self.text).encode(), "m.toml")
@@ -117,17 +110,10 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-@pytest.fixture(scope="module")
-def server(_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    enclave = Enclave(_world, tmp_path_factory.mktemp("server"))
-    with ForkServer(enclave.environment | {"PYTHONPATH": str(ROOT)}, enclave.folder) as running:
-        yield running
-
-
 @pytest.fixture
-def bench(enclave: Enclave, server: ForkServer) -> Bench:
+def bench(enclave: Enclave) -> Bench:
     """No secret yet."""
-    return Bench(enclave, server)
+    return Bench(enclave)
 
 
 def told(run: Run) -> dict[str, Any]:

@@ -230,6 +230,9 @@ NOTHING_TO_RUN: Final = {
          "trust no key that is made here",
          "renew them",
          "name fewer principals, administrators and encryptors"),
+        ("tests/test_stored_values.py has what it speaks of",
+         ("a plaintext there is the parent's to read: store what attestor encrypt writes, "
+          "in base64")),
         ("tests/test_output.py has a terminal", "name a file, or pipe it into a program"),
         ("test_what_fits",
          "the first {} of {} binds fit: use another key for the rest",

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from attestor_commands.versions import VERSION_MAX, fault_of
-from tests.conftest import ROOT, Enclave, Run
-from tests.forked import ForkServer
+from tests.conftest import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from nitrosim.world import World
+    from tests.conftest import Enclave
 
 DONE: Final = Run(0, b"", "")
 
@@ -22,12 +19,9 @@ DONE: Final = Run(0, b"", "")
 class Vault:
     """An operator's commands, and a manifest with one secret."""
 
-    def __init__(self, enclave: Enclave, server: ForkServer) -> None:
-        self.enclave, self._server, self._folder = enclave, server, enclave.folder
-
-    def attestor(self, *arguments: str) -> Run:
-        """Run one command."""
-        return self._server.attestor(*arguments, folder=self._folder)
+    def __init__(self, enclave: Enclave) -> None:
+        self.enclave, self._folder = enclave, enclave.folder
+        self.attestor = enclave.attestor
 
     def encrypt(self, *options: str) -> Run:
         """Encrypt "the secret" to the file "source"."""
@@ -49,12 +43,10 @@ class Vault:
         return run
 
 
-@pytest.fixture(scope="module")
-def vault(_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
-    enclave = Enclave(_world, tmp_path_factory.mktemp("versions"))
-    environment = enclave.environment | {"PYTHONPATH": str(ROOT)}
-    with ForkServer(environment, enclave.folder) as server:
-        yield Vault(enclave, server)
+@pytest.fixture
+def vault(enclave: Enclave) -> Vault:
+    """Nothing in it yet."""
+    return Vault(enclave)
 
 
 CLAIMED: Final = 'context = { node = "3", version = "${VERSION}" }\nminimum_version = 5'

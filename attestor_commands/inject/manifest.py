@@ -26,19 +26,18 @@ from attestor_commands.inject.fields import (
 from attestor_commands.inject.places import (
     Document,
     Place,
-    check_path,
     check_places,
     document_of,
     member_of,
     place_of,
 )
+from attestor_commands.inject.source_names import source_of
 from attestor_commands.inject.variables import Variables
 from attestor_commands.versions import VERSION, fault_of
 from attestor_io.ciphertext import check_algorithm, is_symmetric
 from attestor_io.deadline import Deadline
 from attestor_io.errors import InputError, RefusedError
 from attestor_io.names import is_pinned, parse_endpoint, parse_key_id
-from attestor_io.urls import without_query
 from attestor_io.vsock import Address, parse_address, parse_hosts
 
 if TYPE_CHECKING:
@@ -54,14 +53,6 @@ VERSION_HINT: Final = (
     "Encryption SDK carries its own"
 )
 
-_SOURCE: Final = re.compile(r"https://([^/?#]+)(/[^?#]*)(\?[^#]*)?")
-_OBJECT: Final = re.compile(r"s3://([^/]+)/(.+)")  # whatever a key consists of
-_QUERY: Final = re.compile(r"\?[A-Za-z-]+=")  # no key is called so, but presigned URLs are
-_KEY_MAX: Final = 1024  # bytes of UTF-8, "Naming Amazon S3 objects" of its user guide
-# what of a source no variable may change
-_FIXED: Final = re.compile(r"/|-\Z|(s3|https)://[^/?#${}]+/")
-_BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|arn:[A-Za-z0-9:._-]{1,200}")
-_HOST: Final = re.compile(r"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -318,40 +309,9 @@ def _origin(
     if "source" not in table:
         raise InputError(f"{where} has no source")
     return {
-        "source": _source(table["source"], where, variables),
+        "source": source_of(table["source"], where, variables),
         "max_bytes": table.get("max_bytes", most),
     }
-
-
-def _source(text: str, where: str, variables: Variables) -> str:
-    """A source after substitution; a variable chooses neither scheme nor host nor bucket."""
-    if not _FIXED.match(text):
-        what = (
-            "is not https"
-            if text.startswith("http://")
-            else "is no absolute path, s3://, https:// or -"
-        )
-        raise InputError(
-            f"{where}: source {without_query(text)} {what}", "a variable may stand only in the path"
-        )
-    source = variables.fill(text, f"{where}: source", in_path=True)
-    if source == "-":
-        return source
-    if source.startswith("/"):
-        return check_path(source, where, "source")
-    shown = without_query(source)
-    parts = (_OBJECT if source.startswith("s3") else _SOURCE).fullmatch(source)
-    if source.startswith("s3"):
-        if parts is None or not _BUCKET.fullmatch(parts[1]) or len(parts[2].encode()) > _KEY_MAX:
-            raise InputError(f"{where}: source {shown} names no object")
-        if _QUERY.search(parts[2]):
-            raise InputError(f"{where}: source {shown} has a query, which s3:// has not")
-    elif parts is None or not _HOST.fullmatch(parts[1]):
-        raise InputError(f"{where}: source {shown} names no host and path")
-    blank = source.startswith("https") and " " in source
-    if {".", ".."} & set(parts[2].split("/")) or not source.isprintable() or blank:
-        raise InputError(f"{where}: source {shown} is not in its shortest form")
-    return source
 
 
 def _check_entries(entries: Sequence[Entry]) -> None:

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from nsm.document import AttestationDocument
 
 PROGRAM_HINT: Final = "attestor inject MANIFEST -- PROGRAM names one"
+STORED_HINT: Final = (
+    "a plaintext there is the parent's to read: store what attestor encrypt writes, in base64"
+)
 _SILENT: Final = "no document of the Nitro Secure Module"
 _CHUNK: Final = 1 << 20
 
@@ -187,15 +190,7 @@ class _Injector:
         return outcome
 
     def _secret(self, entry: Entry, stream: Stream, target: Delivery) -> _Outcome:
-        head = stream.read(head_size(base64_text=entry.base64))
-        taken = take_ciphertext(
-            head,
-            stream,
-            "source",
-            base64_text=entry.base64,
-            message=is_symmetric(entry.algorithm),
-            option=BASE64_KEY,
-        )
+        taken = _ciphertext(entry, stream)
         message = isinstance(taken, Message)
         if entry.form not in {None, "message" if message else "blob"}:
             other = "a CiphertextBlob" if entry.form == "message" else "a message"
@@ -265,6 +260,24 @@ class _Injector:
             found = f"{digest.hexdigest()}, expected {entry.sha256}"
             raise NotAuthenticError(f"source {without_query(entry.source)} has SHA-256 {found}")
         return _Outcome(size)
+
+
+def _ciphertext(entry: Entry, stream: Stream) -> bytes | Message:
+    """The ciphertext that a source holds; text of a service that keeps values is base64."""
+    base64_text = entry.base64 or stream.is_text
+    try:
+        return take_ciphertext(
+            stream.read(head_size(base64_text=base64_text)),
+            stream,
+            "source",
+            base64_text=base64_text,
+            message=is_symmetric(entry.algorithm),
+            option=BASE64_KEY,
+        )
+    except InputError as error:
+        if stream.is_text:
+            raise InputError(str(error), *error.hints, STORED_HINT) from error
+        raise
 
 
 def _own_document() -> AttestationDocument:

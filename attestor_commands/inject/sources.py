@@ -1,10 +1,11 @@
-"""Where the bytes of a manifest come from: files, S3, https and standard input; bounded, and only
-over verified TLS.
+"""Where the bytes of a manifest come from: files, S3, Secrets Manager, Parameter Store, https and
+standard input; bounded, and only over verified TLS.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 from functools import partial
@@ -19,7 +20,14 @@ from attestor_io.errors import (
     RefusedError,
     UnreachableError,
 )
-from attestor_io.kms_errors import cut, fault_on_the_way, is_unreadable, redacted, translate
+from attestor_io.kms_errors import (
+    cut,
+    fault_on_the_way,
+    is_unreadable,
+    kind_of,
+    redacted,
+    translate,
+)
 from attestor_io.shortage import causes
 from attestor_io.urls import without_query
 
@@ -32,8 +40,15 @@ if TYPE_CHECKING:
 _REDIRECTS_MAX: Final = 3
 
 
+class Text(io.BytesIO):
+    """A value that its service keeps as text, so that a ciphertext in it is base64."""
+
+
 class Stream:
-    """The bytes of one source; more than `limit` of them are an error."""
+    """The bytes of one source; more than `limit` of them are an error.
+
+    `is_text` says that they are of a `Text`.
+    """
 
     def __init__(
         self,
@@ -43,6 +58,7 @@ class Stream:
         translated: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._source, self._what, self._limit = source, what, limit
+        self.is_text = isinstance(source, Text)
         self._translated = translated
         self._count = 0
 
@@ -79,13 +95,13 @@ class Sources:
         self._ca_bundle, self._https_ca_bundle = ca_bundle, https_ca_bundle
         self._connections = size
         self._lock = threading.Lock()
-        self._client: Any = None
+        self._clients: dict[str, Any] = {}  # by service
         self._pools: dict[bool, Any] = {}  # for hosts of AWS, for others
 
     @contextlib.contextmanager
     def open(self, source: str, limit: int) -> Iterator[Stream]:
-        """The stream of a source as the manifest names it: a path, "-", s3://BUCKET/KEY or
-        https://.
+        """The stream of a source as the manifest names it: a path, "-", s3://BUCKET/KEY, https://,
+        secretsmanager:// or ssm://.
         """
         what = "standard input" if source == "-" else without_query(source)
         with contextlib.ExitStack() as opened:
@@ -97,22 +113,43 @@ class Sources:
     def _open(self, source: str, limit: int) -> Any:
         if source == "-":
             return open(0, "rb", closefd=False)
+        if source.startswith(("secretsmanager://", "ssm://")):
+            return self._value(source)
         if source.startswith("s3://"):
             bucket, _, key = source.removeprefix("s3://").partition("/")
-            body = self._s3().get_object(Bucket=bucket, Key=key)["Body"]
+            body = self._sdk("s3").get_object(Bucket=bucket, Key=key)["Body"]
             _bound(body._raw_stream, limit)
             return contextlib.closing(body)
         if source.startswith("https://"):
             return self._get(source, limit)
         return open(os.open(source, os.O_RDONLY | os.O_CLOEXEC), "rb")
 
-    def _s3(self) -> Any:
+    def _value(self, source: str) -> IO[bytes]:
+        """A value of Secrets Manager or Parameter Store, as a stream; text is a `Text`."""
+        scheme, _, rest = source.partition("://")
+        name, _, version = rest.partition("#")
+        if scheme == "secretsmanager":
+            asked = {"SecretId": name, **_version_of_secret(version)}
+            answer = self._sdk("secretsmanager").get_secret_value(**asked)
+            found = answer.get("SecretString") or answer.get("SecretBinary")
+        else:
+            named = f"{name}:{version}" if version else name
+            answer = self._sdk("ssm").get_parameter(Name=named, WithDecryption=False)
+            found = answer["Parameter"]["Value"]
+        if isinstance(found, str):
+            return Text(found.encode())
+        if isinstance(found, bytes):
+            return io.BytesIO(found)
+        raise UnreachableError("answer has no value")
+
+    def _sdk(self, service: str) -> Any:
+        """The client of a service in which ciphertexts are kept."""
         from botocore.config import Config
 
         with self._lock:
-            if self._client is None:
-                self._client = self._session.create_client(
-                    "s3",
+            if service not in self._clients:
+                client = self._session.create_client(
+                    service,
                     region_name=self._region,
                     verify=self._ca_bundle,
                     config=Config(
@@ -121,13 +158,14 @@ class Sources:
                         read_timeout=ATTEMPT_TIMEOUT,
                     ),
                 )
-                if not self._client.meta.endpoint_url.startswith("https://"):
-                    raise InputError(f"endpoint {self._client.meta.endpoint_url} is not https")
-                if self._s3_vsock:
+                if not client.meta.endpoint_url.startswith("https://"):
+                    raise InputError(f"endpoint {client.meta.endpoint_url} is not https")
+                if service == "s3" and self._s3_vsock:
                     from attestor_io.connections import carry
 
-                    carry(self._client, self._s3_vsock)
-            return self._client
+                    carry(client, self._s3_vsock)
+                self._clients[service] = client
+            return self._clients[service]
 
     @contextlib.contextmanager
     def _get(self, url: str, limit: int) -> Iterator[Any]:
@@ -191,6 +229,13 @@ class Sources:
             raise InputError(
                 f"CA bundle {bundle} cannot be read: {error.strerror or error}"
             ) from error
+
+
+def _version_of_secret(version: str) -> dict[str, str]:
+    """What asks Secrets Manager for a version; an id has 32 to 64 characters, a label has not."""
+    if not version:
+        return {}
+    return {"VersionId" if 32 <= len(version) <= 64 else "VersionStage": version}
 
 
 def _bound(response: Any, limit: int) -> None:
@@ -269,8 +314,13 @@ def _ours(error: Exception) -> AttestorError | None:  # noqa: PLR0911 - a table,
             answer = error.response.get("Error", {})
             code, message = str(answer.get("Code") or "error"), str(answer.get("Message") or "")
             said = ": ".join(cut(one) for one in (code, message) if one)
-            return _refusal(
-                error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), said
+            kind = kind_of(code)
+            return (
+                kind(said)
+                if kind
+                else _refusal(
+                    error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), said
+                )
             )
         case http.HTTPError() | sdk.HTTPClientError() | sdk.ConnectionError() if any(
             isinstance(cause, kinds) for cause in causes(error)
