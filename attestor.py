@@ -771,7 +771,7 @@ class Kms:
 
         sdk_data.confine(session)
         session.set_config_variable("region", self.region)  # of STS, too
-        connections.govern_session(session, self.host_vsock)
+        connections.govern_session(session, self.host_vsock, self.deadline)
         with _configuration_errors_translated():
             credentials.equip(session, self.deadline, self.imds_vsock, self.host_vsock)
 

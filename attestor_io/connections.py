@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
 
+    from attestor_io.deadline import Deadline
     from attestor_io.vsock import Address, Dial
 
     FindWay = Callable[[str], "Way | None"]
@@ -33,11 +34,13 @@ _LINE_MAX: Final = 64 << 10  # bytes of a line of headers, or before a chunk
 
 class Bound(NamedTuple):
     """How many bytes an answer may have, its head included; with `objects` this bounds only the
-    head of one with status 200, whose body is read in pieces by somebody who counts.
+    head of one with status 200, whose body is read in pieces by somebody who counts. Once a
+    `deadline` has passed nothing more of it is read: one that drips would never be silent.
     """
 
     limit: int
     objects: bool = False
+    deadline: Deadline | None = None
 
 
 USUAL_BOUND: Final = Bound(64 << 10)
@@ -102,10 +105,11 @@ def carry_by(http_session: Any, way: Way) -> None:
     govern(http_session, lambda _: way)
 
 
-def govern_session(session: Any, hosts: Mapping[str, Address]) -> None:
+def govern_session(session: Any, hosts: Mapping[str, Address], deadline: Deadline) -> None:
     """Govern every client that a botocore session makes, those for its credentials too.
 
-    Hosts of these names are reached through their vsock addresses.
+    Hosts of these names are reached through their vsock addresses. Answers end by the deadline,
+    but for objects.
     """
 
     class Governed:
@@ -113,6 +117,8 @@ def govern_session(session: Any, hosts: Mapping[str, Address]) -> None:
 
         def __init__(self, serializer: object, endpoint: Any, *args: Any, **rest: Any) -> None:
             bound = _BOUNDS.get(endpoint._endpoint_prefix, USUAL_BOUND)
+            if not bound.objects:
+                bound = bound._replace(deadline=deadline)
             govern(endpoint.http_session, by_name(hosts), bound)
             super().__init__(serializer, endpoint, *args, **rest)  # type: ignore[call-arg]  # botocore's BaseClient
 
@@ -247,7 +253,7 @@ class _Answer(HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, bound: Bound, **rest: Any) -> None:
         super().__init__(sock, *args, **rest)
         self._bound = bound
-        self._counted = _Counted(self.fp.detach(), bound.limit)
+        self._counted = _Counted(self.fp.detach(), bound.limit, bound.deadline)
         self.fp = _Lines(self._counted)
 
     def begin(self) -> None:
@@ -276,8 +282,8 @@ class _Lines(io.BufferedReader):
 class _Counted(io.RawIOBase):
     """A raw stream of which not more than so many bytes may come; None is no bound."""
 
-    def __init__(self, raw: io.RawIOBase, limit: int) -> None:
-        self._raw = raw
+    def __init__(self, raw: io.RawIOBase, limit: int, deadline: Deadline | None) -> None:
+        self._raw, self._deadline = raw, deadline
         self.bound(limit)
 
     def bound(self, limit: int | None) -> None:
@@ -289,7 +295,9 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Whatever has come; raises AnswerTooLongError for a byte too much."""
+        """Whatever has come; raises AnswerTooLongError for a byte too much, TimeoutError."""
+        if self._deadline and not self._deadline.left:
+            raise TimeoutError("the answer does not end in time")
         count: int | None = self._raw.readinto(buffer)
         if self._left is not None:
             self._left -= count or 0
