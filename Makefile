@@ -86,7 +86,7 @@ vm-test:
 # UPGRADE= keeps the versions that are locked already
 UPGRADE ?= --upgrade
 lock:
-	@for lock in run: build:build esdk:esdk sim:sim dev:build,sim,esdk,dev; do \
+	@for lock in run: build:build esdk:esdk serve:serve sim:sim dev:build,sim,esdk,serve,dev; do \
 		set -- "$${lock%%:*}" $$(echo "$${lock#*:}" | tr ',' ' '); name=$$1; shift; \
 		uv pip compile pyproject.toml $$(for extra; do echo "--extra $$extra"; done) --universal \
 			--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links $(UPGRADE) \

@@ -138,7 +138,7 @@ _RSA_2048_HEAD: Final = bytes.fromhex(
 _RSA_2048_TAIL: Final = bytes.fromhex("0203010001")
 
 # The operations that take a Recipient, and the answer's member in which callers look for the secret
-_SECRET_MEMBER: Final = {
+SECRET_MEMBER: Final = {
     "Decrypt": "Plaintext",
     "GenerateDataKey": "Plaintext",
     "GenerateDataKeyPair": "PrivateKeyPlaintext",
@@ -650,7 +650,7 @@ def _require_https(params: Mapping[str, Any], **_: object) -> None:
 def _add_recipient(
     params: dict[str, Any], model: Any, context: dict[str, Any], **_: object
 ) -> None:
-    if model.name not in _SECRET_MEMBER:
+    if model.name not in SECRET_MEMBER:
         return
     if "Recipient" in params:
         raise InputError(f"{model.name} of an attested client brings a Recipient of its own")
@@ -664,12 +664,12 @@ def _add_recipient(
 def _unwrap_answer(
     http_response: Any, parsed: dict[str, Any], model: Any, context: Mapping[str, Any], **_: object
 ) -> None:
-    if model.name not in _SECRET_MEMBER or http_response.status_code >= 300:
+    if model.name not in SECRET_MEMBER or http_response.status_code >= 300:
         return
     announced, length = http_response.headers.get("Content-Length"), len(http_response.content)
     if announced and announced != str(length):
         raise UnreachableError(f"answer of KMS is cut short: {length} of {announced} bytes")
-    member = _SECRET_MEMBER[model.name]
+    member = SECRET_MEMBER[model.name]
     if parsed.get(member):
         raise NotAuthenticError(f"answer of KMS has a {member} in the clear")
     if not parsed.get("CiphertextForRecipient"):
@@ -853,7 +853,7 @@ def errors_translated(
             from attestor_io.refusal import explained
 
             refusal: Any = error
-            sent = _sent_pcrs() if refusal.operation_name in _SECRET_MEMBER else {}
+            sent = _sent_pcrs() if refusal.operation_name in SECRET_MEMBER else {}
             ours = explained(ours, refusal.response, parameters, sent)
         raise kms_errors.redacted(ours, session) from error
 
@@ -1214,6 +1214,7 @@ FURTHER_COMMANDS: Final = {
     "inject": "attestor_commands.inject:inject",
     "metadata": "attestor_commands.metadata:metadata",
     "policy": "attestor_commands.policy:policy",
+    "serve": "attestor_commands.serve:serve",
     "verify": "attestor_commands.evidence:verify",
 }
 """The commands of the rooms above this script, by name: module and object."""

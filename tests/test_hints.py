@@ -219,6 +219,7 @@ NOTHING_TO_RUN: Final = {
          "start the enclave without --debug-mode: no key policy should allow zero PCRs"),
         ("needs a package index",
          "pip install '.[esdk]' in a checkout of nitro-attestor brings it",
+         "pip install '.[serve]' in a checkout of nitro-attestor brings it",
          "this is the script alone: pip install . in a checkout of nitro-attestor brings it"),
         ("a question, a fact or a warning",
          "is this endpoint AWS KMS?",
@@ -233,6 +234,7 @@ NOTHING_TO_RUN: Final = {
         ("tests/test_stored_values.py has what it speaks of",
          ("a plaintext there is the parent's to read: store what attestor encrypt writes, "
           "in base64")),
+        ("it goes on until a signal comes: tests/test_serve.py", "give --socket FILE, or --port N"),
         ("tests/test_output.py has a terminal", "name a file, or pipe it into a program"),
         ("test_what_fits",
          "the first {} of {} binds fit: use another key for the rest",

@@ -1,0 +1,332 @@
+"""From a request of a client's SDK to KMS's answer: what may be asked, the call, and what becomes
+of an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from attestor import (
+    SECRET_MEMBER,
+    attested,
+    check_credentials,
+    clock_fault,
+    errors_translated,
+    process_recipient,
+)
+from attestor_commands.serve_wire import (
+    CONTENT_TYPE,
+    TARGET,
+    Answer,
+    Refusal,
+    error_answer,
+    parse_members,
+    refusal_of,
+)
+from attestor_io.background import IdleWorker
+from attestor_io.deadline import Deadline
+from attestor_io.errors import AttestorError, NotAuthenticError, RefusedError, UnreachableError
+from attestor_io.kms_errors import cut, redacted
+from attestor_io.names import is_pinned, is_same_key
+from attestor_io.shortage import shortage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from concurrent.futures import Future
+
+    from attestor import Kms
+    from attestor_commands.serve_wire import Request
+
+    Tell = Callable[[str, str], None]
+    """Told of every call that fails: its class, and what to say of it."""
+
+# KMS's answers to credentials that are not, or no longer, valid: there may be new ones
+_STALE: Final = frozenset({"ExpiredTokenException", "UnrecognizedClientException"})
+_RENEWAL_PAUSE: Final = 10.0  # seconds between two searches for other credentials
+_KEYS: Final = ("KeyId", "SourceKeyId", "DestinationKeyId")
+_CONTEXTS: Final = ("EncryptionContext", "SourceEncryptionContext", "DestinationEncryptionContext")
+
+
+class CallDeadline(Deadline):
+    """So many seconds for each call: every thread has an end of its own, which `begin` sets."""
+
+    def __init__(self, seconds: float) -> None:
+        self._of_thread = threading.local()
+        super().__init__(seconds)
+
+    def begin(self) -> None:
+        """Begin anew, in this thread."""
+        self._end = time.monotonic() + self.seconds
+
+    @property
+    def _end(self) -> float:
+        try:
+            return float(self._of_thread.end)
+        except AttributeError:  # a thread that has never begun
+            self.begin()
+            return float(self._of_thread.end)
+
+    @_end.setter
+    def _end(self, end: float) -> None:
+        self._of_thread.end = end
+
+
+class Bounds(NamedTuple):
+    """What may be asked: by the image's word, whoever asks."""
+
+    key_ids: tuple[str, ...]
+    required: Mapping[str, str | None]
+    passed: frozenset[str]
+
+    def operation(self, target: str) -> str:
+        """The operation that a target names, if it may be called; raises Refusal."""
+        operation = target.removeprefix(TARGET)
+        if not target.startswith(TARGET) or operation not in {*SECRET_MEMBER, *self.passed}:
+            said = "operation is neither one with a Recipient nor named by --pass"
+            raise Refusal("UnknownOperationException", said)
+        return operation
+
+    def narrow(self, known: Mapping[str, Any], parameters: dict[str, Any]) -> None:
+        """Hold the parameters of an operation, whose members these are, to the bounds.
+
+        Where one key alone may be used, a call without one is for that key. Raises Refusal.
+        """
+        if "Recipient" in parameters:
+            raise Refusal("ValidationException", "request brings a Recipient of its own")
+        for name in _KEYS if self.key_ids else ():
+            if name in parameters:
+                parameters[name] = self._key(name, parameters[name])
+            elif name in known and len(self.key_ids) == 1:
+                parameters[name] = self.key_ids[0]
+        for name in _CONTEXTS:
+            if name in known:
+                self._check_context(name, parameters.get(name))
+
+    def _key(self, name: str, asked: Any) -> str:
+        """What names this key on the command line; raises Refusal."""
+        for key_id in self.key_ids:
+            both = isinstance(asked, str) and is_pinned(asked) and is_pinned(key_id)
+            same = both and (is_same_key(asked, key_id) or is_same_key(key_id, asked))
+            if same or asked == key_id:
+                return key_id
+        raise Refusal("AccessDeniedException", f"{name} is none of --key-id")
+
+    def _check_context(self, name: str, context: Any) -> None:
+        for entry, value in self.required.items():
+            found = context.get(entry) if isinstance(context, dict) else None
+            if not isinstance(found, str) or value not in {None, found}:
+                said = f"{name} lacks what --require-context asks for"
+                raise Refusal("AccessDeniedException", said)
+
+    def check_answer(self, members: Mapping[str, Any]) -> None:
+        """Refuse the answer to a call that named no key, if KMS found another than may be used."""
+        for name in _KEYS:
+            answered = members.get(name)
+            if answered and self.key_ids and not self._is_ours(str(answered)):
+                raise NotAuthenticError(f"answer of KMS is from key {answered}, none of --key-id")
+
+    def _is_ours(self, answered: str) -> bool:
+        return any(is_same_key(key_id, answered) for key_id in self.key_ids)
+
+
+class Upstream:
+    """KMS, as all threads call it: one client whose connections are kept, attested.
+
+    It tries nothing again: the SDK that asks does, as it would with KMS itself.
+    """
+
+    def __init__(self, kms: Kms, deadline: CallDeadline, concurrency: int) -> None:
+        self._kms, self._deadline, self._concurrency = kms, deadline, concurrency
+        self._free = threading.BoundedSemaphore(concurrency)
+        self._worker = IdleWorker()
+        self._document: Future[bytes] | None = None
+        self._lock, self._renewal = threading.Lock(), threading.Lock()
+        self._raw = threading.local()
+        process_recipient().wait_for_module(deadline)
+        self._wait_for_document()
+        self._session, self._client = self._connect()
+        self._renewed = -_RENEWAL_PAUSE  # on the monotonic clock
+
+    @property
+    def region(self) -> str:
+        """The region of KMS."""
+        return self._kms.region
+
+    def _connect(self) -> tuple[Any, Any]:
+        """A session that has credentials, and a client of it; raises an AttestorError."""
+        session: Any = botocore.session.Session()
+        self._kms.prepare(session)
+        check_credentials(session)
+        session.set_default_client_config(Config(retries={"total_max_attempts": 1}))
+        client = attested(self._kms.client(session, self._concurrency))
+        session.set_default_client_config(None)  # STS is tried again as ever
+        client.meta.events.register("after-call.kms", self._keep_raw)
+        return session, client
+
+    def _keep_raw(self, http_response: Any, **_: object) -> None:
+        """Keep KMS's own words for the thread that asked; no plaintext is among them."""
+        self._raw.content = http_response.content
+
+    def members_of(self, operation: str) -> Mapping[str, Any]:
+        """The parameters that an operation has, by name."""
+        model = self._client.meta.service_model.operation_model(operation)
+        members: Mapping[str, Any] = model.input_shape.members
+        return members
+
+    def call(self, operation: str, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The members of KMS's answer, the secret in its place and in base64, and the request's id.
+
+        Raises ClientError for what KMS refuses, and AttestorError.
+        """
+        if not self._free.acquire(timeout=self._deadline.left):
+            raise self._deadline.passed("no connection to KMS is free")
+        try:
+            session, client = self._session, self._client
+            try:
+                return self._ask(session, client, operation, parameters)
+            except ClientError as error:
+                if error.response["Error"].get("Code") not in _STALE or not self._renew(client):
+                    raise
+            return self._ask(self._session, self._client, operation, parameters)
+        finally:
+            self._free.release()
+
+    def _ask(
+        self, session: Any, client: Any, operation: str, parameters: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], str]:
+        secret = SECRET_MEMBER.get(operation)
+        if secret:
+            self._wait_for_document()
+        names = {api: method for method, api in client.meta.method_to_api_mapping.items()}
+        refused: ClientError | None = None
+        with errors_translated(session, names[operation], {}):
+            try:
+                answer = getattr(client, names[operation])(**parameters)
+            except ClientError as error:
+                if fault := clock_fault(error):
+                    raise fault from error
+                refused = error
+            if refused is None:
+                members: dict[str, Any] = json.loads(self._raw.content)
+        if refused is not None:
+            raise refused
+        if secret:
+            del members["CiphertextForRecipient"]
+            members[secret] = base64.b64encode(answer[secret]).decode()
+        return members, str(answer["ResponseMetadata"].get("RequestId", ""))
+
+    def _wait_for_document(self) -> None:
+        """Have a document that is fresh, in time: nothing interrupts a module that hangs."""
+        with self._lock:
+            if self._document is None or self._document.done():
+                self._document = self._worker.submit(lambda: process_recipient().document())
+            document = self._document
+        try:
+            document.result(self._deadline.left)
+        except TimeoutError:
+            raise self._deadline.passed("no attestation document") from None
+
+    def _renew(self, stale: Any) -> bool:
+        """Whether there is a client other than this one, whose credentials KMS did not take."""
+        with self._renewal:
+            now = time.monotonic()
+            if self._client is stale and now - self._renewed >= _RENEWAL_PAUSE:
+                self._renewed = now
+                self._session, self._client = self._connect()
+            return self._client is not stale
+
+    def redact(self, text: str) -> str:
+        """A text of KMS's without the role's credentials: it may repeat what was signed."""
+        return str(redacted(RefusedError(text), self._session))
+
+
+class Calls:
+    """Answers the requests of clients; `tell` hears of those that fail."""
+
+    def __init__(
+        self, upstream: Upstream, bounds: Bounds, deadline: CallDeadline, tell: Tell
+    ) -> None:
+        self._upstream, self._bounds = upstream, bounds
+        self._deadline, self._tell = deadline, tell
+
+    def respond(self, request: Request, authenticate: Callable[[Request], None]) -> Answer:
+        """The answer to a request of whoever `authenticate` lets in; raises nothing."""
+        self._deadline.begin()
+        try:
+            return self._respond(request, authenticate)
+        except Refusal as refusal:
+            found = refusal
+        except ClientError as error:
+            return self._refused_by_kms(error)
+        except AttestorError as error:
+            found = refusal_of(error)
+        except Exception as error:  # noqa: BLE001 - a client must get an answer
+            found = refusal_of(_unexpected(error))
+        self._tell(found.code, found.said)
+        return error_answer(found.code, found.said, found.status)
+
+    def _respond(self, request: Request, authenticate: Callable[[Request], None]) -> Answer:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        if (request.method, request.path, kind) != ("POST", "/", CONTENT_TYPE):
+            said = f"request is no POST / of {CONTENT_TYPE}"
+            raise Refusal("UnknownOperationException", said)
+        authenticate(request)
+        operation = self._bounds.operation(request.headers.get("x-amz-target", ""))
+        known = self._upstream.members_of(operation)
+        parameters = _parameters(parse_members(request.body), known)
+        self._bounds.narrow(known, parameters)
+        members, request_id = self._upstream.call(operation, parameters)
+        self._bounds.check_answer(members)
+        return Answer(200, json.dumps(members).encode(), request_id)
+
+    def _refused_by_kms(self, error: ClientError) -> Answer:
+        """What KMS said, in its own words but for what is none of a client's business."""
+        response: Mapping[str, Any] = error.response
+        said, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
+        code = cut(str(said.get("Code") or "unknown error"))
+        message = self._upstream.redact(cut(str(said.get("Message") or "")))
+        request_id = cut(str(metadata.get("RequestId") or ""))
+        said = f"KMS refused: {message or 'it does not say why'}"
+        self._tell(code, f"{said} (request id {request_id or 'none'})")
+        return error_answer(code, message, int(metadata.get("HTTPStatusCode", 400)), request_id)
+
+
+def _parameters(members: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The members of a request as botocore takes them, bytes decoded; raises Refusal."""
+    parameters: dict[str, Any] = {}
+    for name, value in members.items():
+        if name not in known:
+            raise Refusal("ValidationException", "request has a member that is not known here")
+        if value is not None:
+            is_blob = known[name].type_name == "blob"
+            parameters[name] = _decoded(value) if is_blob else value
+    return parameters
+
+
+def _decoded(value: Any) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise Refusal("SerializationException", "request has bytes that are not base64") from error
+
+
+def _unexpected(error: Exception) -> AttestorError:
+    """A bug as an error of ours, with nothing of its message; or a lack of memory or the like."""
+    if short := shortage(error):
+        return UnreachableError(short)
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    file = os.path.basename(trace.tb_frame.f_code.co_filename) if trace else "nowhere"
+    line = trace.tb_lineno if trace else 0
+    return AttestorError(f"unexpected {type(error).__name__} at {file}:{line}")
