@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import botocore.session
+from botocore import xform_name
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
@@ -36,7 +37,7 @@ from attestor_commands.serve_wire import (
 from attestor_io.background import IdleWorker
 from attestor_io.deadline import Deadline
 from attestor_io.errors import AttestorError, NotAuthenticError, RefusedError, UnreachableError
-from attestor_io.kms_errors import cut, redacted
+from attestor_io.kms_errors import UNSIGNED, cut, redacted
 from attestor_io.names import is_pinned, is_same_key
 from attestor_io.shortage import shortage
 
@@ -139,6 +140,22 @@ class Bounds(NamedTuple):
         return any(is_same_key(key_id, answered) for key_id in self.key_ids)
 
 
+class KmsRefusalError(AttestorError):
+    """An error that KMS answered with: for the client, as it is."""
+
+    def __init__(self, code: str, message: str, status: int, request_id: str) -> None:
+        super().__init__(message or "it does not say why")
+        self.code, self.message = code, message
+        self.http_status, self.request_id = status, request_id
+
+
+class _Connected(NamedTuple):
+    """A session of the SDK that has credentials, and its client of KMS."""
+
+    session: Any
+    client: Any
+
+
 class Upstream:
     """KMS, as all threads call it: one client whose connections are kept, attested.
 
@@ -154,15 +171,10 @@ class Upstream:
         self._raw = threading.local()
         process_recipient().wait_for_module(deadline)
         self._wait_for_document()
-        self._session, self._client = self._connect()
+        self._connected = self._connect()
         self._renewed = -_RENEWAL_PAUSE  # on the monotonic clock
 
-    @property
-    def region(self) -> str:
-        """The region of KMS."""
-        return self._kms.region
-
-    def _connect(self) -> tuple[Any, Any]:
+    def _connect(self) -> _Connected:
         """A session that has credentials, and a client of it; raises an AttestorError."""
         session: Any = botocore.session.Session()
         self._kms.prepare(session)
@@ -171,7 +183,7 @@ class Upstream:
         client = attested(self._kms.client(session, self._concurrency))
         session.set_default_client_config(None)  # STS is tried again as ever
         client.meta.events.register("after-call.kms", self._keep_raw)
-        return session, client
+        return _Connected(session, client)
 
     def _keep_raw(self, http_response: Any, **_: object) -> None:
         """Keep KMS's own words for the thread that asked; no plaintext is among them."""
@@ -179,47 +191,41 @@ class Upstream:
 
     def members_of(self, operation: str) -> Mapping[str, Any]:
         """The parameters that an operation has, by name."""
-        model = self._client.meta.service_model.operation_model(operation)
+        model = self._connected.client.meta.service_model.operation_model(operation)
         members: Mapping[str, Any] = model.input_shape.members
         return members
 
     def call(self, operation: str, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """The members of KMS's answer, the secret in its place and in base64, and the request's id.
 
-        Raises ClientError for what KMS refuses, and AttestorError.
+        Raises KmsRefusalError for what KMS refuses, and every other AttestorError.
         """
         if not self._free.acquire(timeout=self._deadline.left):
             raise self._deadline.passed("no connection to KMS is free")
         try:
-            session, client = self._session, self._client
+            connected = self._connected
             try:
-                return self._ask(session, client, operation, parameters)
-            except ClientError as error:
-                if error.response["Error"].get("Code") not in _STALE or not self._renew(client):
+                return self._ask(connected, operation, parameters)
+            except KmsRefusalError as refusal:
+                if refusal.code not in _STALE or not self._renew(connected):
                     raise
-            return self._ask(self._session, self._client, operation, parameters)
+            return self._ask(self._connected, operation, parameters)
         finally:
             self._free.release()
 
     def _ask(
-        self, session: Any, client: Any, operation: str, parameters: Mapping[str, Any]
+        self, connected: _Connected, operation: str, parameters: Mapping[str, Any]
     ) -> tuple[dict[str, Any], str]:
         secret = SECRET_MEMBER.get(operation)
         if secret:
             self._wait_for_document()
-        names = {api: method for method, api in client.meta.method_to_api_mapping.items()}
-        refused: ClientError | None = None
-        with errors_translated(session, names[operation], {}):
+        method = getattr(connected.client, xform_name(operation))
+        with errors_translated(connected.session, operation, {}):
             try:
-                answer = getattr(client, names[operation])(**parameters)
+                answer = method(**parameters)
             except ClientError as error:
-                if fault := clock_fault(error):
-                    raise fault from error
-                refused = error
-            if refused is None:
-                members: dict[str, Any] = json.loads(self._raw.content)
-        if refused is not None:
-            raise refused
+                raise _refusal(error, connected.session) from error
+            members: dict[str, Any] = json.loads(self._raw.content)
         if secret:
             del members["CiphertextForRecipient"]
             members[secret] = base64.b64encode(answer[secret]).decode()
@@ -236,18 +242,29 @@ class Upstream:
         except TimeoutError:
             raise self._deadline.passed("no attestation document") from None
 
-    def _renew(self, stale: Any) -> bool:
-        """Whether there is a client other than this one, whose credentials KMS did not take."""
+    def _renew(self, stale: _Connected) -> bool:
+        """Whether there is another client than this one, whose credentials KMS did not take."""
         with self._renewal:
             now = time.monotonic()
-            if self._client is stale and now - self._renewed >= _RENEWAL_PAUSE:
+            if self._connected is stale and now - self._renewed >= _RENEWAL_PAUSE:
                 self._renewed = now
-                self._session, self._client = self._connect()
-            return self._client is not stale
+                self._connected = self._connect()
+            return self._connected is not stale
 
-    def redact(self, text: str) -> str:
-        """A text of KMS's without the role's credentials: it may repeat what was signed."""
-        return str(redacted(RefusedError(text), self._session))
+
+def _refusal(error: ClientError, session: Any) -> AttestorError:
+    """An error that KMS answered with, without credentials: it may repeat what was signed."""
+    if fault := clock_fault(error):
+        return redacted(fault, session)
+    response: Mapping[str, Any] = error.response
+    said, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
+    code, message = str(said.get("Code") or "unknown error"), str(said.get("Message") or "")
+    if code in UNSIGNED:  # what follows is the request, with a token that may be another by now
+        message = message.partition("\n")[0]
+    message = cut(str(redacted(RefusedError(message), session)))
+    status = int(metadata.get("HTTPStatusCode", 0))
+    request_id = cut(str(metadata.get("RequestId") or ""))
+    return KmsRefusalError(cut(code), message, status if 400 <= status < 600 else 502, request_id)
 
 
 class Calls:
@@ -266,12 +283,13 @@ class Calls:
             return self._respond(request, authenticate)
         except Refusal as refusal:
             found = refusal
-        except ClientError as error:
-            return self._refused_by_kms(error)
+        except KmsRefusalError as error:
+            self._tell(error.code, f"KMS says: {error} (request id {error.request_id or 'none'})")
+            return error_answer(error.code, error.message, error.http_status, error.request_id)
         except AttestorError as error:
             found = refusal_of(error)
         except Exception as error:  # noqa: BLE001 - a client must get an answer
-            found = refusal_of(_unexpected(error))
+            found = refusal_of(unexpected(error))
         self._tell(found.code, found.said)
         return error_answer(found.code, found.said, found.status)
 
@@ -288,17 +306,6 @@ class Calls:
         members, request_id = self._upstream.call(operation, parameters)
         self._bounds.check_answer(members)
         return Answer(200, json.dumps(members).encode(), request_id)
-
-    def _refused_by_kms(self, error: ClientError) -> Answer:
-        """What KMS said, in its own words but for what is none of a client's business."""
-        response: Mapping[str, Any] = error.response
-        said, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
-        code = cut(str(said.get("Code") or "unknown error"))
-        message = self._upstream.redact(cut(str(said.get("Message") or "")))
-        request_id = cut(str(metadata.get("RequestId") or ""))
-        said = f"KMS refused: {message or 'it does not say why'}"
-        self._tell(code, f"{said} (request id {request_id or 'none'})")
-        return error_answer(code, message, int(metadata.get("HTTPStatusCode", 400)), request_id)
 
 
 def _parameters(members: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,7 +327,7 @@ def _decoded(value: Any) -> bytes:
         raise Refusal("SerializationException", "request has bytes that are not base64") from error
 
 
-def _unexpected(error: Exception) -> AttestorError:
+def unexpected(error: Exception) -> AttestorError:
     """A bug as an error of ours, with nothing of its message; or a lack of memory or the like."""
     if short := shortage(error):
         return UnreachableError(short)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from attestor import Kms, process_recipient, say
 from attestor_commands.serve_callers import KeyPair, uid_of
-from attestor_commands.serve_calls import Bounds, CallDeadline, Calls, Upstream
+from attestor_commands.serve_calls import Bounds, CallDeadline, Calls, Upstream, unexpected
 from attestor_commands.serve_http import FULL, Conversation, turn_away
 from attestor_commands.serve_wire import error_answer
 from attestor_io import names, signals
@@ -134,13 +134,14 @@ class Server:
             threading.Event().wait()
         try:
             connection, _ = listener.socket.accept()
+            admitted = listener.admits(connection)
         except BlockingIOError:
             return
         except OSError as error:
             self._tell("connections", f"one cannot be taken: {error.strerror}")
             threading.Event().wait(_PAUSE)
             return
-        if not listener.admits(connection):
+        if not admitted:
             self._tell("AccessDeniedException", "a user that is none of --allow-uid")
             turn_away(connection, _STRANGER)
             return
@@ -155,6 +156,9 @@ class Server:
     def _hold(self, conversation: Conversation, connection: socket.socket) -> None:
         """Serve a connection in a thread; for one too many the longest idle one goes."""
         with self._lock:
+            if self._draining:
+                connection.close()
+                return
             if len(self._open) >= self._most and not self._make_room():
                 self._tell("connections", f"more than {self._most} are in use at once")
                 turn_away(connection, FULL)
@@ -179,6 +183,8 @@ class Server:
     def _serve(self, conversation: Conversation) -> None:
         try:
             conversation.hold()
+        except Exception as error:  # noqa: BLE001 - a bug costs this connection, and no other
+            self._tell("InternalFailure", str(unexpected(error)))
         finally:
             self._forget(conversation)
 

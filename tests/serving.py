@@ -20,7 +20,7 @@ from tests.conftest import Run
 from tests.forked import PATIENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -40,6 +40,7 @@ class Served:
         enclave: Enclave,
         *options: str,
         seam: str = "",
+        wrapper: Sequence[str] = (),
         environment: Mapping[str, str | None] | None = None,
     ) -> None:
         self.enclave, self.folder = enclave, enclave.folder
@@ -50,7 +51,7 @@ class Served:
         self._ready = open(reader, "rb")  # noqa: SIM115 - closed once it is read
         merged = {**enclave.environment, **(environment or {})}
         places = ["--socket", "kms.sock", "--port", "0", "--credentials-file", "kms.ini"]
-        program = [sys.executable, "-c", f"import attestor\n{seam}attestor.main()"]
+        program = [*wrapper, sys.executable, "-c", f"import attestor\n{seam}attestor.main()"]
         self.process = subprocess.Popen(
             [*program, "serve", *places, "--ready-fd", str(writer), *options],
             cwd=self.folder,
