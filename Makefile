@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench chaos libnsm image eif vm-test lock clean
+.PHONY: help demo test coverage lint bench chaos libnsm image eif vm-test sdk-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -22,6 +22,7 @@ help:
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
 	@echo 'make eif     an enclave image file of it; EIF_FLAGS names a kernel (enclave/build-eif --help)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
+	@echo 'make sdk-test call attestor serve from SDKs for Go and JavaScript (needs go, node and npm)'
 	@echo 'make lock    renew requirements/ (needs uv)'
 	@echo 'make clean   remove what was built'
 
@@ -82,6 +83,9 @@ eif: $(DEMO_READY) image
 
 vm-test:
 	tests/vm/run
+
+sdk-test: $(READY) transport
+	$(BIN)/python -m pytest -m sdks
 
 # UPGRADE= keeps the versions that are locked already
 UPGRADE ?= --upgrade

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from tests import bench_eif, bench_inject
+from tests import bench_eif, bench_inject, bench_serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,6 +73,7 @@ def main() -> None:
             )
         bench_eif.main(measure)
         bench_inject.main(measure)
+        bench_serve.main()
     compare_verification()  # last: what it imports is not light
 
 
