@@ -14,10 +14,10 @@ Sources: "IAM JSON policy elements reference" and "Policy evaluation logic" of t
 "Cryptographic attestation" of the Nitro Enclaves User Guide.
 
 This package imports nothing else of the project, and its files import downwards only, in this
-order: `check` over `parents` and `openings`, which ask `evaluate`; that over `callers`, `keys` and
-`operators`; beside them `render`, `pcr_values`, `findings`, `nitrotpm` and `measure`; all over
-`model`. Some of them are named like their function, which is what the package's attribute of that
-name is.
+order: `check` over `never`, `parents`, `openings` and `documents`, which ask `evaluate`; that over
+`callers`, `keys` and `operators`; beside them `render`, `pcr_values`, `findings`, `actions`,
+`nitrotpm` and `measure`; all over `model`. Some of them are named like their function, which is
+what the package's attribute of that name is.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ from keypolicy.model import EVERYONE, PolicyError, Statement, abbreviated, split
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_KINDS: Final = frozenset(
+    {("iam", "role"), ("iam", "user"), ("sts", "assumed-role"), ("sts", "federated-user")}
+)
+
 CALLER_KEYS: Final = frozenset(
     "aws:principalaccount aws:principalarn aws:principalisawsservice kms:calleraccount".split()
 )
@@ -47,7 +51,8 @@ class Caller(NamedTuple):
             role = rest.partition("/")[0]  # role name/session name
         elif (service, kind) == ("iam", "role"):
             role = rest.rpartition("/")[2]  # path/role name
-        if not re.fullmatch(r"\d{12}", account) or service not in ("iam", "sts"):
+        named = (service, resource) == ("iam", "root") or ((service, kind) in _KINDS and rest)
+        if not re.fullmatch(r"\d{12}", account) or not named:
             raise PolicyError(
                 f"principal {abbreviated(arn)} is not the ARN of a user, role or session"
             )

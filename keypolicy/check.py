@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+from keypolicy.actions import fits_an_action
+from keypolicy.callers import Caller
 from keypolicy.findings import (
     PLAINTEXT_ACTIONS,
     RECIPIENT_ACTIONS,
@@ -33,10 +35,12 @@ from keypolicy.model import (
     Statement,
     abbreviated,
     mixed_partitions,
+    nitrotpm_condition_key,
     pcr_condition_key,
 )
+from keypolicy.never import check_guards, check_names, check_never
 from keypolicy.nitrotpm import IDENTITY_FIX, indistinct, machine_identity_problem
-from keypolicy.openings import Openings
+from keypolicy.openings import Openings, limits, names_somebody
 from keypolicy.operators import Operator, compare, covers_action, matches_wildcards
 from keypolicy.parents import Parents
 from keypolicy.pcr_values import check_pcr_values
@@ -44,20 +48,22 @@ from keypolicy.pcr_values import check_pcr_values
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from keypolicy.callers import Caller
-    from keypolicy.openings import Document
+    from keypolicy.documents import Document
 
 # What makes another way to a plaintext: grants carry no attestation conditions, replicas have
 # policies of their own, imported key material is known to whoever imports it.
 _DETOURS: Final = ("kms:CreateGrant", "kms:ReplicateKey", "kms:ImportKeyMaterial")
 
 _LOCKED: Final = "deny_everything"
+# What says already that a statement never applies.
+_NEVER_CODES: Final = frozenset({"both_kinds", "principal", "resource"})
 
 # Keys of which a request of another account has another value, or none.
 _OF_ACCOUNT: Final = frozenset(
     """
     aws:principalaccount aws:principalarn aws:principalorgid aws:principalorgpaths aws:sourceaccount
-    aws:sourceorgid kms:calleraccount
+    aws:sourceorgid aws:userid ec2:sourceinstancearn kms:calleraccount lambda:sourcefunctionarn
+    ssm:sourceinstancearn
     """.split()
 )
 
@@ -69,14 +75,15 @@ def check(policy: Policy) -> tuple[Finding, ...]:
     """
     openings = Openings(policy)
     parents = Parents(openings)
+    mixed = tuple(check_guards(openings))
     findings = [Finding("policy", *problem) for problem in _check_size(policy)]
-    findings += [
-        Finding(statement.label, *problem)
-        for statement in policy.statements
-        for problem in _check_statement(statement, openings, parents)
-    ]
+    for statement in policy.statements:
+        problems = list(_check_statement(statement, openings, parents))
+        if not mixed and not _NEVER_CODES & {problem.code for problem in problems}:
+            problems += check_never(statement, openings)
+        findings += [Finding(statement.label, *problem) for problem in problems]
     findings += [Finding("policy", *problem) for problem in _check_partitions(policy)]
-    findings += [Finding("policy", *problem) for problem in _check_guards(openings)]
+    findings += [Finding("policy", *problem) for problem in mixed]
     locked = any("kms:PutKeyPolicy" in found.problem for found in findings if found.code == _LOCKED)
     if not locked and not any(
         openings.opens(statement, "kms:PutKeyPolicy", openings.documents.none)
@@ -113,44 +120,20 @@ def _check_partitions(policy: Policy) -> Iterator[Problem]:
         yield Problem("partition", found, fix, warning=True)
 
 
-def _check_guards(openings: Openings) -> Iterator[Problem]:
-    """Find Denys of which some stop every document of an enclave, and some every one of a NitroTPM.
-
-    A guard denies where its key is absent: one for each kind leaves nobody.
-    """
-    known, statements = openings.documents, openings.policy.statements
-    for action in RECIPIENT_ACTIONS:
-        stops = [
-            [
-                deny
-                for deny in statements
-                if deny.effect == "Deny"
-                and openings.denies_everyone(deny, action, stopped)
-                and not openings.denies_everyone(deny, action, passed)
-            ]
-            for stopped, passed in (
-                (known.any_enclave, known.any_nitrotpm),
-                (known.any_nitrotpm, known.any_enclave),
-            )
-        ]
-        if all(stops):
-            problem = (
-                f"{stops[0][0].label} denies {action} with every document of an enclave, and "
-                f"{stops[1][0].label} with every document of a NitroTPM: nobody is left"
-            )
-            yield Problem("both_kinds", problem, "use a key for each kind")
-            return
-
-
 def _check_statement(
     statement: Statement, openings: Openings, parents: Parents
 ) -> Iterator[Problem]:
     """Find the problems of one statement, in the order of the elements that they are about."""
     yield from _check_negations(statement)
     yield from _check_principals(statement)
+    yield from check_names(statement)
     yield from _check_operators(statement)
     yield from _check_condition_keys(statement)
-    values = tuple(check_pcr_values(statement))
+    attesting = any(is_about_enclave(condition.key) for condition in statement.conditions)
+    debug = attesting and any(
+        openings.opens(statement, action, openings.documents.debug) for action in RECIPIENT_ACTIONS
+    )
+    values = tuple(check_pcr_values(statement, debug=debug))
     yield from values
     if statement.effect == "Deny":
         yield from _check_deny(statement, openings)
@@ -159,6 +142,8 @@ def _check_statement(
     found = tuple(_check_allow(statement, openings, zeros=zeros))
     yield from found
     yield from parents.check(statement, warn=not found)
+    if all(problem.code != "root_everything" for problem in found):
+        yield from _check_administration(statement, openings)
 
 
 # ---- principals, actions, resources
@@ -191,22 +176,25 @@ def _check_principals(statement: Statement) -> Iterator[Problem]:
             # IAM puts the unique id of a user or role in place of its ARN once that is deleted
             problem = f"principal {name} is the id of a deleted user or role"
             yield Problem("principal", problem, "name its successor's ARN")
+        elif not name or (kind == "AWS" and Caller.of_principal(kind, name, "aws") is None):
+            problem = f"principal {abbreviated(name)} is no account, user, role or session"
+            yield Problem("principal", problem, "name the role of the parent instance by its ARN")
 
 
 def _limits_everyone(statement: Statement) -> bool:
     """Tell whether everyone is not every account: by NotPrincipal, or by a condition."""
     return statement.not_principal or any(
         condition.key.lower() in _OF_ACCOUNT
-        and _without_document(condition) is False
-        and not Operator.parse(condition.operator).negated
+        and limits(condition)
         and not any(_spans_accounts(value) for value in condition.values)
         for condition in statement.conditions
     )
 
 
 def _spans_accounts(value: str) -> bool:
-    """Tell whether a value is a pattern that accounts other than a named one fit."""
-    return bool(re.search(r"[*?]", value)) and not re.match(r"arn:[^:]*:[^:]*:[^:]*:\d{12}:", value)
+    """Tell whether a value is a pattern that others fit than an account, or organization."""
+    named = r"arn:[^:]*:[^:]*:[^:]*:\d{12}:|o-[a-z0-9]+/|A[A-Z0-9]{15,}:"
+    return bool(re.search(r"[*?]", value)) and not re.match(named, value)
 
 
 # ---- condition operators and keys
@@ -287,7 +275,8 @@ def _check_allow(statement: Statement, openings: Openings, *, zeros: bool) -> It
         if not zeros:
             yield from _check_image(statement, openings)
         return
-    everything = not statement.not_action and all(
+    everything = not statement.not_action and not names_somebody(statement)
+    everything = everything and all(
         covers_action(statement, action) for action in (*PLAINTEXT_ACTIONS, *_DETOURS, REWRITING)
     )
     found: list[Problem] = []
@@ -303,16 +292,13 @@ def _check_allow(statement: Statement, openings: Openings, *, zeros: bool) -> It
 def _check_account(statement: Statement, openings: Openings) -> Iterator[Problem]:
     """Find what an Allow of everything for the account leaves to identity policies."""
     known = openings.documents
-    brought = (known.none, *known.foreign, *known.foreign_machines)
-    for actions, documents in (
-        (PLAINTEXT_ACTIONS, brought),
-        ((REWRITING, *_DETOURS), brought[:1]),
-    ):
-        left = [
-            action
-            for action in actions
-            if any(_is_account(who) for who in openings.opened_to(statement, action, *documents))
-        ]
+    foreign = (*known.foreign, *known.foreign_machines)
+    for actions, documents in ((PLAINTEXT_ACTIONS, foreign), ((REWRITING, *_DETOURS), ())):
+        left = []
+        for action in actions:
+            brought = (*known.unattested(action), *documents)
+            if any(map(_is_account, openings.opened_to(statement, action, *brought))):
+                left.append(action)
         if left:
             problem = (
                 "the account's root may do everything, "
@@ -339,7 +325,7 @@ def _check_attested_allow(statement: Statement) -> Iterator[Problem]:
         if kind not in ("*", "AWS") and not statement.not_principal:
             problem = f"{kind} {abbreviated(name)} sends no attestation document: never allowed"
             yield Problem("service_principal", problem, "name the parent instance's role")
-    listed = () if statement.not_action else statement.actions
+    listed = () if statement.not_action else filter(fits_an_action, statement.actions)
     for action in dict.fromkeys(("kms:Encrypt", *listed)):
         if covers_action(statement, action) and not _takes_document(action):
             problem = f"{action} takes no attestation document, so it is never allowed here"
@@ -418,14 +404,11 @@ def _check_unattested_allow(
 
     Without `account`, what it leaves to the account's identity policies is not looked at.
     """
-    opened = [
-        action
-        for action in dict.fromkeys((*PLAINTEXT_ACTIONS, *_DETOURS, *RECIPIENT_ACTIONS))
-        if any(
-            account or not _is_account(who)
-            for who in openings.opened_to(statement, action, openings.documents.none)
-        )
-    ]
+    opened = []
+    for action in dict.fromkeys((*PLAINTEXT_ACTIONS, *_DETOURS, *RECIPIENT_ACTIONS)):
+        callers = openings.opened_to(statement, action, *openings.documents.unattested(action))
+        if any(account or not _is_account(who) for who in callers):
+            opened.append(action)
     revealing = [action for action in opened if action in PLAINTEXT_ACTIONS]
     detours = [action for action in opened if action in _DETOURS]
     vacuous = [part for part in statement.conditions if is_about_document(part.key)]
@@ -436,9 +419,30 @@ def _check_unattested_allow(
         yield Problem("vacuous", problem, "use StringEqualsIgnoreCase")
     elif revealing:
         problem = f"allows {', '.join(revealing)} without an attestation document"
-        fix = f"add StringEqualsIgnoreCase {pcr_condition_key(0)}, or drop the action"
+        keys = pcr_condition_key(0)
+        if openings.is_for_nitrotpm:
+            keys = f"{nitrotpm_condition_key(4)} and {nitrotpm_condition_key(12)}"
+        fix = f"add StringEqualsIgnoreCase {keys}, or drop the action"
         yield Problem("unattested", problem, fix)
     if detours:
         problem = f"allows {', '.join(detours)}, a way around attestation conditions"
         fix = "list the administrative actions that are needed, without these"
         yield Problem("detour", problem, fix)
+
+
+def _check_administration(statement: Statement, openings: Openings) -> Iterator[Problem]:
+    """Find that an Allow leaves kms:PutKeyPolicy to an account, or to everyone of some."""
+    if statement.not_principal or names_somebody(statement):
+        return
+    for who in openings.opened_to(statement, REWRITING, openings.documents.none):
+        if _is_account(who):
+            problem = (
+                f"leaves {REWRITING} to the account, any identity policy of which can allow it"
+            )
+        elif who == Caller() and _limits_everyone(statement):
+            problem = f"allows {REWRITING} to everyone whom its conditions fit"
+        else:
+            continue
+        fix = "name an administrator instead: a role that does not run enclaves"
+        yield Problem("anyone_administers", problem, fix)
+        return

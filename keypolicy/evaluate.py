@@ -24,7 +24,7 @@ from keypolicy.model import (
     pcr_condition_key,
     split_arn,
 )
-from keypolicy.operators import compare, conjunction, covers_action, covers_resource
+from keypolicy.operators import Operator, compare, conjunction, covers_action, covers_resource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -197,7 +197,15 @@ def judge_condition(condition: Condition, values: KnownValues) -> ConditionFindi
         note = "a session does not tell the path of its role"
         return ConditionFinding(condition, actual, None, note)
     held, note = compare(condition, actual)
+    if condition.key.lower() in values.partial and held is not _decided_by_one(condition):
+        return ConditionFinding(condition, actual, None, "the key may have further values")
     return ConditionFinding(condition, actual, held, note if held is None else "")
+
+
+def _decided_by_one(condition: Condition) -> bool | None:
+    """Return what one value of several decides for all of them; None where it decides nothing."""
+    quantifier = Operator.parse(condition.operator).quantifier
+    return {"forallvalues": False, "foranyvalue": True}.get(quantifier or "")
 
 
 def _condition_reason(found: ConditionFinding) -> str:
@@ -224,12 +232,14 @@ class KnownValues(NamedTuple):
 
     `values` are by key in lower case, as condition keys have no case; `lacks` tells of any other
     key, in lower case, whether the request surely lacks it. `pathless` says that aws:PrincipalArn
-    is of a session, which does not tell the path of its role.
+    is of a session, which does not tell the path of its role. Of the keys in `partial` there may be
+    further values.
     """
 
     values: Mapping[str, tuple[str, ...]]
     lacks: Callable[[str], bool]
     pathless: bool = False
+    partial: frozenset[str] = frozenset()
 
     def of(self, key: str) -> tuple[str, ...] | None:
         """Return the values of a key: () where it is absent, None where that is unknown."""

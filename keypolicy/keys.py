@@ -15,6 +15,7 @@ from typing import Final
 from keypolicy.model import (
     ATTESTATION,
     ENCRYPTION_CONTEXT,
+    NITROTPM_PCRS,
     nitrotpm_condition_key,
     pcr_condition_key,
 )
@@ -101,11 +102,13 @@ def closest_key(key: str) -> str | None:
     """Guess the condition key that a misspelt one was meant to be; None where nothing is close."""
     # Before likeness, which does not know that the number has to stay.
     # The end is enough, and bounds the search in a key that is as long as the policy.
-    pcr = re.search(r"pcr[^0-9]*0*([0-9]|[12][0-9]|3[01])$", key.lower()[-32:])
-    if pcr and "tpm" in key.lower()[-40:] and int(pcr[1]) <= 23:
-        return nitrotpm_condition_key(int(pcr[1]))
+    end = key.lower()[-40:]
+    pcr = re.search(r"pcr[^0-9]*([0-9]+)$", end)
+    if "tpm" in end:  # nor that the kind has to stay
+        index = int(pcr[1]) if pcr else len(NITROTPM_PCRS)
+        return nitrotpm_condition_key(index) if index in NITROTPM_PCRS else None
     if pcr:
-        return pcr_condition_key(int(pcr[1]))
+        return pcr_condition_key(int(pcr[1])) if int(pcr[1]) < 32 else None
     known = (*KMS_CONDITION_KEYS, f"{ATTESTATION}ImageSha384", pcr_condition_key(0))
     names = {name.lower(): name for name in known}
     found = difflib.get_close_matches(key.lower(), names, 1, cutoff=0.85)

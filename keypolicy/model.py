@@ -51,6 +51,8 @@ Source = Literal["enclave", "nitrotpm"]
 ATTESTATION: Final = "kms:RecipientAttestation:"
 """What the condition keys for an enclave's attestation document start with."""
 
+NITROTPM_PCRS: Final = range(24)
+
 ENCRYPTION_CONTEXT: Final = "kms:EncryptionContext:"
 """What the condition key for one member of the encryption context starts with, before its name."""
 
@@ -293,6 +295,12 @@ def iam_entity_type(arn: str) -> str:
     """Tell what an IAM ARN names: "role", "user" or "root"; "" for others and for wildcards."""
     found = re.fullmatch(r"arn:[a-z-]+:iam::\d{12}:(?:(role|user)/[^*?\s]+|(root))", arn)
     return (found[1] or found[2]) if found else ""
+
+
+def is_key_arn(text: str) -> bool:
+    """Tell whether this is the ARN of one key of KMS: not of an alias, and no pattern."""
+    arn = r"arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:key/[A-Za-z0-9-]+"
+    return bool(re.fullmatch(arn, text))
 
 
 def abbreviated(value: object) -> str:

@@ -22,8 +22,6 @@ from keypolicy.model import PolicyError, Source, abbreviated, read_json
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-NITROTPM_PCRS: Final = range(24)
-
 SECURE_BOOT_OFF: Final = (
     "98441c7f7625d10058c47683aec486ce311c633235eb5555"
     "93a7ee791121e3578ae72d04ecef661f272d59058b77af35"

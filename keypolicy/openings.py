@@ -7,80 +7,25 @@ Deny closes what it denies for sure.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import functools
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from keypolicy.callers import CALLER_KEYS, Caller, Principals
-from keypolicy.evaluate import KnownValues, judge_condition, values_of_nitrotpm, values_of_pcrs
-from keypolicy.keys import is_about_document, is_about_enclave, is_about_nitrotpm
-from keypolicy.measure import PCR_BYTES
-from keypolicy.model import KEY_POLICY_MAX, Condition, Policy, Statement
-from keypolicy.nitrotpm import SECURE_BOOT_OFF
-from keypolicy.operators import conjunction, covers_action, covers_resource
+from keypolicy.documents import documents, kinds_of_document
+from keypolicy.evaluate import KnownValues, judge_condition
+from keypolicy.keys import is_about_document, is_about_enclave
+from keypolicy.model import KEY_POLICY_MAX, Condition, Policy, PolicyError, Statement
+from keypolicy.operators import Operator, compare, conjunction, covers_action, covers_resource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
+    from keypolicy.documents import Document
 
-_ANY_CALL: Final = {"aws:securetransport": ("true",)}  # KMS answers over TLS alone
-
-
-class Document(NamedTuple):
-    """An attestation document, or none, that a caller may bring; PCRs that it lacks are absent,
-    those that `values` does not tell are the attacker's to choose.
-    """
-
-    name: str
-    values: KnownValues
-
-
-class Documents(NamedTuple):
-    """The documents by which openings are found."""
-
-    none: Document
-    foreign: tuple[Document, ...]
-    debug: Document
-    foreign_machines: tuple[Document, ...]
-    any_enclave: Document
-    any_nitrotpm: Document
-
-
-def documents(policy: Policy) -> Documents:
-    """Make the documents that tell a policy which pins an image from others.
-
-    A foreign image has another PCR0 and PCR8 than any that the policy names, but may keep PCR1
-    (the genuine kernel around another application) or PCR2 (another kernel around the genuine
-    application), so there are two. PCR3 and PCR4 are the parent's, which is no other one; the
-    further PCRs are the program's to extend. Debug mode zeroes PCR0, 1, 2 and 8.
-
-    Of a NitroTPM, a foreign machine image has another PCR4, or keeps that and has another PCR12, a
-    command line; PCR7 is another one, as of other keys, or that of no Secure Boot. The further PCRs
-    are what its firmware, boot loader and programs make of them.
-    """
-    text = repr([statement.conditions for statement in policy.statements])
-    # no value of a policy is the digest of all its values
-    other = hashlib.sha384(text.encode(errors="replace")).digest()
-
-    def enclave(name: str, value: bytes, *indexes: int) -> Document:
-        values = values_of_pcrs(dict.fromkeys(indexes, value))
-        return Document(name, KnownValues(_ANY_CALL | values, is_about_nitrotpm))
-
-    def machine(name: str, pcrs: Mapping[int, bytes]) -> Document:
-        return Document(name, KnownValues(_ANY_CALL | values_of_nitrotpm(pcrs), is_about_enclave))
-
-    return Documents(
-        none=Document("none", KnownValues(_ANY_CALL, is_about_document)),
-        foreign=(enclave("application", other, 0, 2, 8), enclave("kernel", other, 0, 1, 8)),
-        debug=enclave("debug", bytes(PCR_BYTES), 0, 1, 2, 8),
-        foreign_machines=(
-            machine("machine image", {4: other, 7: other}),
-            machine("command line", {7: other, 12: other}),
-            machine("no Secure Boot", {4: other, 7: bytes.fromhex(SECURE_BOOT_OFF)}),
-        ),
-        any_enclave=Document("enclave", KnownValues(_ANY_CALL, is_about_nitrotpm)),
-        any_nitrotpm=Document("NitroTPM", KnownValues(_ANY_CALL, is_about_enclave)),
-    )
+# Keys, beside aws:PrincipalArn, that say who of an account calls.
+_IDENTITY: Final = re.compile(r"aws:(?:userid|username|principaltag/.+)")
 
 
 class _Judged(NamedTuple):
@@ -99,17 +44,20 @@ _NEVER: Final = _Judged(False, ())
 class Openings:
     """Finds what a policy opens; it remembers what it has judged, so that many questions are cheap.
 
-    Denies that depend on who calls are weighed in a policy that KMS can keep, and count as not
-    certain in a larger one: their product with all callers has no other bound.
+    Where `is_weighed`, which is so of a policy that KMS can keep, Denys that depend on who calls
+    are weighed; in a larger one they count as not certain: their product with all callers has no
+    other bound.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.documents = documents(policy)
-        self._weigh_callers = policy.size <= KEY_POLICY_MAX
+        self.is_weighed = policy.size <= KEY_POLICY_MAX
         self._partition = _partition(policy)
-        self._key = _only_key(policy)
+        self._resource = _only_resource(policy)
+        self._arns = {part.number: named_arns(part) for part in policy.statements}
         self._principals = {part.number: Principals(part) for part in policy.statements}
+        self._callers: dict[int, tuple[Caller, ...]] = {}
         self._judged: dict[tuple[int, str], _Judged] = {}
         self._denies: dict[tuple[str, str], dict[tuple[str, str], list[Statement]]] = {}
         self._of_caller: dict[tuple[int, Caller], bool | None] = {}
@@ -126,15 +74,36 @@ class Openings:
             for condition in statement.conditions
         )
 
-    def callers(self, statement: Statement) -> Iterator[Caller]:
-        """Yield whom an Allow lets call: each one that it names, or anybody."""
+    def callers(self, statement: Statement) -> tuple[Caller, ...]:
+        """Return whom an Allow lets call: each one that it names, in Principal or, where that is
+        everyone or an account, by aws:PrincipalArn; else anybody.
+        """
+        known = self._callers.get(statement.number)
+        if known is None:
+            known = self._callers[statement.number] = tuple(self._find_callers(statement))
+        return known
+
+    def _find_callers(self, statement: Statement) -> Iterator[Caller]:
         if statement.not_principal:
             yield Caller()
             return
+        arns = self._arns[statement.number]
+        exact = bool(arns) and not self.names_pattern(statement)
         for kind, name in statement.principals:
             caller = Caller.of_principal(kind, name, self._partition)
-            if caller is not None:
+            if caller is not None and (caller.known or caller.service or not exact):
                 yield caller
+            elif caller is not None:
+                yield from (one for one in _of_arns(arns) if caller.account in ("", one.account))
+
+    def named(self, statement: Statement) -> Iterator[Caller]:
+        """Yield the callers that an Allow names; one by a pattern has that in its ARN's place."""
+        yield from (caller for caller in self.callers(statement) if caller.known)
+        yield from _of_arns(arn for arn in self._arns[statement.number] if _is_pattern(arn))
+
+    def names_pattern(self, statement: Statement) -> bool:
+        """Tell whether a statement names callers by a pattern of aws:PrincipalArn."""
+        return any(map(_is_pattern, self._arns[statement.number]))
 
     def opened_to(self, statement: Statement, action: str, *brought: Document) -> Iterator[Caller]:
         """Yield to whom a statement opens an action with any of these documents."""
@@ -147,19 +116,49 @@ class Openings:
         """Tell whether a statement opens an action to anybody with any of these documents."""
         return any(True for _ in self.opened_to(statement, action, *brought))
 
-    def opens_to(self, statement: Statement, action: str, caller: Caller) -> bool:
-        """Tell whether a statement itself opens an action, without a document, to a caller."""
+    def may_call(
+        self, statement: Statement, action: str, document: Document, caller: Caller
+    ) -> bool:
+        """Tell whether a statement itself opens an action that it covers to a known caller.
+
+        One that leaves it to an account does so if it names the caller by aws:PrincipalArn.
+        """
         about, delegates = self._principals[statement.number].judge(caller)
         return (
             about is not False
-            and not delegates
-            and covers_action(statement, action)
-            and self._opens(statement, action, self.documents.none, caller)
+            and (not delegates or bool(self._arns[statement.number]))
+            and self._opens(statement, action, document, caller)
         )
 
     def opens_without(self, statement: Statement, action: str, caller: Caller) -> bool:
         """Tell whether a statement opens an action to one of its callers without a document."""
         return self._opens(statement, action, self.documents.none, caller)
+
+    def may_ever_open(self, statement: Statement, action: str) -> bool:
+        """Tell whether any call at all may pass an Allow that covers an action, and every Deny.
+
+        Where it is for several callers, Denys of some of them do not count.
+        """
+        callers = self.callers(statement)
+        caller = callers[0] if len(callers) == 1 else Caller()
+        return any(
+            all(
+                any(self._opens(statement, action, document, caller) for document in alternatives)
+                for alternatives in kind
+            )
+            for kind in self._kinds
+        )
+
+    @functools.cached_property
+    def _kinds(self) -> tuple[tuple[tuple[Document, ...], ...], ...]:
+        return kinds_of_document(self.policy)
+
+    @functools.cached_property
+    def is_for_nitrotpm(self) -> bool:
+        """Whether conditions are about NitroTPMs, be they misspelt, and none about an enclave."""
+        conditions = [found for part in self.policy.statements for found in part.conditions]
+        keys = [condition.key.lower() for condition in conditions]
+        return any("nitrotpm" in key for key in keys) and not any(map(is_about_enclave, keys))
 
     def names(self, statement: Statement) -> Iterator[tuple[str, str]]:
         """Yield the keys of an index by which Caller.names finds whom a statement may be about."""
@@ -218,13 +217,16 @@ class Openings:
             return False
         judged = self._judge(deny, document)
         depends = bool(judged.of_caller) or deny.not_principal
-        return judged.held is True and (self._weigh_callers or not depends)
+        return judged.held is True and (self.is_weighed or not depends)
 
     def _of_key(self, deny: Statement) -> bool:
         """Tell whether a Deny is surely about the key; in a key policy, "*" is the key itself."""
-        if not deny.not_resource and "*" in deny.resources:
-            return True
-        return self._key is not None and covers_resource(deny, self._key)
+        if self._resource and not _is_pattern(self._resource):
+            return covers_resource(deny, self._resource)
+        return not deny.not_resource and (
+            self._resource in deny.resources
+            or all(covers_resource(deny, key) for key in _any_keys(self._partition))
+        )
 
     def _judge(self, statement: Statement, document: Document) -> _Judged:
         """Judge the conditions of a statement, for all callers at once."""
@@ -264,12 +266,77 @@ def _partition(policy: Policy) -> str:
     return next((arn.split(":")[1] for arn in arns if arn.startswith("arn:")), "aws")
 
 
-def _only_key(policy: Policy) -> str | None:
-    """Return the ARN of the key where every Allow is about that ARN alone.
+def _only_resource(policy: Policy) -> str | None:
+    """Return the Resource, an ARN or a pattern, that every Allow is about, if there is one alone.
 
-    A Deny of another key's ARN denies nothing, but then nor does such an Allow allow anything.
+    A Deny of another key denies nothing, but then nor does such an Allow allow anything.
     """
     allows = [part for part in policy.statements if part.effect == "Allow"]
     named = {name for part in allows for name in part.resources}
-    key = named.pop() if len(named) == 1 and not any(part.not_resource for part in allows) else "*"
-    return None if re.search(r"[*?]", key) else key
+    return (
+        named.pop() if len(named) == 1 and not any(part.not_resource for part in allows) else None
+    )
+
+
+def _any_keys(partition: str) -> Iterator[str]:
+    """Yield what only a pattern that fits the ARN of every key of a partition fits.
+
+    A policy does not name these letters. Of an ARN, the lengths of the account and of the key's id
+    are fixed, that of the region is not.
+    """
+    account, key_id = "\0" * 12, "\0" * 36
+    for region in ("\0" * 9, "\0" * 14):
+        yield f"arn:{partition}:kms:{region}:{account}:key/{key_id}"
+
+
+# ---- conditions on who calls
+
+
+def limits(condition: Condition) -> bool:
+    """Tell whether a condition keeps out whoever has no value, or another one, of its key."""
+    return compare(condition, ())[0] is False and not Operator.parse(condition.operator).negated
+
+
+def names_somebody(statement: Statement) -> bool:
+    """Tell whether the conditions of a statement say who of an account may call."""
+    return bool(named_arns(statement) or named_otherwise(statement))
+
+
+def named_otherwise(statement: Statement) -> frozenset[tuple[str, str]]:
+    """Return the tags, ids and names of users, as pairs of condition key and value, that a
+    statement is about; of a session's id that of the role. Whose they are is not known.
+    """
+    named = [
+        (condition.key.lower(), condition.values)
+        for condition in statement.conditions
+        if _IDENTITY.fullmatch(condition.key.lower()) and limits(condition)
+    ]
+    return frozenset(
+        (key, value.partition(":")[0] if key == "aws:userid" else value)
+        for key, values in named
+        if not any(_is_pattern(value[:1]) for value in values)
+        for value in values
+    )
+
+
+def named_arns(statement: Statement) -> tuple[str, ...]:
+    """Return the ARNs and patterns of aws:PrincipalArn that a statement is about; none if one of
+    them is of all roles or users of an account, or of several accounts.
+    """
+    for condition in statement.conditions:
+        if condition.key.lower() == "aws:principalarn" and limits(condition):
+            arn = r"arn:[^:*?]+:(?:iam|sts)::\d{12}:(?:root|[a-z-]+/[^*?].*)"
+            if all(re.fullmatch(arn, value) and "${" not in value for value in condition.values):
+                return condition.values
+    return ()
+
+
+def _of_arns(arns: Iterable[str]) -> Iterator[Caller]:
+    """Yield those of these ARNs, or patterns, that are a caller's."""
+    for arn in arns:
+        with contextlib.suppress(PolicyError):
+            yield Caller.from_arn(arn)
+
+
+def _is_pattern(arn: str) -> bool:
+    return bool(re.search(r"[*?]", arn))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from keypolicy.findings import RECIPIENT_ACTIONS, REWRITING, Problem
+from keypolicy.openings import named_otherwise
 from keypolicy.operators import covers_action
 
 if TYPE_CHECKING:
@@ -27,25 +28,34 @@ class Parents:
     """Who may call with a document, which is an enclave's parent instance, or an instance with a
     NitroTPM: it is not trusted with more.
 
-    They are the principals of the Allows that rest on a document, and of those that a Deny makes
-    rest on one. Of the latter, one that may also rewrite the policy is an administrator's, unless
-    it is all that there is.
+    They are whom the Allows name that rest on a document, and those that a Deny makes rest on one,
+    in Principal or by aws:PrincipalArn; by a pattern of that, also whom another Allow names and it
+    fits. Of those that a Deny makes, one that may also rewrite the policy is an administrator's,
+    unless it is all that there is.
     """
 
     def __init__(self, openings: Openings) -> None:
         self._openings = openings
         known = openings.documents
         self._of_enclaves: set[Caller] = set()
+        self._named_otherwise: set[tuple[str, str]] = set()
         resting: set[Caller] = set()
         guarded: set[Caller] = set()
         wide: set[Caller] = set()
-        for statement in openings.policy.statements:
+        allows = [part for part in openings.policy.statements if part.effect == "Allow"]
+        everybody = {caller for allow in allows for caller in openings.named(allow)}
+        for statement in allows:
+            # in a larger policy than KMS can keep, their product would have no bound
+            fitting = everybody if openings.is_weighed and openings.names_pattern(statement) else ()
+            callers = {*openings.named(statement), *fitting}
+            covered = [action for action in RECIPIENT_ACTIONS if covers_action(statement, action)]
             with_enclave, with_nitrotpm = (
                 {
                     caller
-                    for action in RECIPIENT_ACTIONS
-                    for caller in openings.opened_to(statement, action, document)
-                    if caller.known and not openings.opens_without(statement, action, caller)
+                    for action in covered
+                    for caller in callers
+                    if openings.may_call(statement, action, document, caller)
+                    and not openings.may_call(statement, action, known.none, caller)
                 }
                 for document in (known.any_enclave, known.any_nitrotpm)
             )
@@ -53,6 +63,7 @@ class Parents:
             found = with_enclave | with_nitrotpm
             if openings.rests_on_document(statement):
                 resting |= found
+                self._named_otherwise |= named_otherwise(statement)
             elif covers_action(statement, REWRITING):
                 wide |= found
             else:
@@ -66,16 +77,21 @@ class Parents:
     def check(self, statement: Statement, *, warn: bool) -> Iterator[Problem]:
         """Find what an Allow lets a parent do that only trusted roles should do."""
         rewriter = self._who_may(statement, (REWRITING,))
-        if rewriter:
+        whom = f"{rewriter.arn}, {self._whose(rewriter)}" if rewriter else ""
+        shared = min(self._named_otherwise & named_otherwise(statement), default=None)
+        if shared and self._openings.opens(statement, REWRITING, self._openings.documents.none):
+            whom = whom or f"{' '.join(shared)}, an attested instance's"
+        if whom:
             problem = (
-                f"allows {REWRITING} to {rewriter.arn}, {self._whose(rewriter)}, which is not "
-                "trusted: it can rewrite this policy"
+                f"allows {REWRITING} to {whom}, which is not trusted: it can rewrite this policy"
             )
             yield Problem("parent_administers", problem, "allow it to another role")
         writer = self._who_may(statement, _WRITING) if warn else None
         if writer:
             actions = ", ".join(
-                action for action in _WRITING if self._openings.opens_to(statement, action, writer)
+                action
+                for action in _WRITING
+                if covers_action(statement, action) and self._opens_to(statement, action, writer)
             )
             problem = (
                 f"allows {actions} to {writer.arn}, {self._whose(writer)}, which is not trusted: "
@@ -86,6 +102,10 @@ class Parents:
     def _whose(self, caller: Caller) -> str:
         return f"the {'parent' if caller in self._of_enclaves else 'attested'} instance's"
 
+    def _opens_to(self, statement: Statement, action: str, caller: Caller) -> bool:
+        """Tell whether an Allow opens an action that it covers without a document."""
+        return self._openings.may_call(statement, action, self._openings.documents.none, caller)
+
     def _who_may(self, statement: Statement, actions: tuple[str, ...]) -> Caller | None:
         """Return a parent to whom an Allow opens one of these actions without a document."""
         covered = [action for action in actions if covers_action(statement, action)]
@@ -95,7 +115,7 @@ class Parents:
                 for action in covered
                 for name in self._openings.names(statement)
                 for caller in self._by_name.get(name, ())
-                if self._openings.opens_to(statement, action, caller)
+                if self._opens_to(statement, action, caller)
             ),
             None,
         )

@@ -22,6 +22,7 @@ from keypolicy.measure import (
 from keypolicy.model import (
     ENCRYPTION_CONTEXT,
     KEY_POLICY_MAX,
+    NITROTPM_PCRS,
     PolicyError,
     Source,
     abbreviated,
@@ -30,7 +31,7 @@ from keypolicy.model import (
     nitrotpm_condition_key,
     pcr_condition_key,
 )
-from keypolicy.nitrotpm import IDENTITY_FIX, NITROTPM_PCRS, indistinct, machine_identity_problem
+from keypolicy.nitrotpm import IDENTITY_FIX, indistinct, machine_identity_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -207,15 +208,15 @@ def _check_people(
     if not principals or not admins:
         missing = "administrator" if principals else "principal"
         raise PolicyError(f"the policy names no {missing}")
-    for what, arns, kinds in (
-        ("principal", principals, ("role", "user")),
-        ("administrator", admins, ("role", "user", "root")),
-        ("encryptor", encryptors, ("role", "user")),
+    for what, arns in (
+        ("principal", principals),
+        ("administrator", admins),
+        ("encryptor", encryptors),
     ):
         for arn in arns:
-            if iam_entity_type(arn) not in kinds:
-                expected = " or ".join(kinds)
-                raise PolicyError(f"{what} {abbreviated(arn)} is not the ARN of a {expected}")
+            # the account's root leaves the decision to any identity policy
+            if iam_entity_type(arn) not in {"role", "user"}:
+                raise PolicyError(f"{what} {abbreviated(arn)} is not the ARN of a role or user")
             if what != "principal" and arn in principals:
                 raise PolicyError(
                     f"{arn} is the parent instance's, which is not trusted: it cannot be {what} too"

@@ -99,6 +99,18 @@ def command(*arguments: str) -> Run:
         ([machine({TPM7: [GOOD, SECURE_BOOT_OFF]})], ["indistinct_pcr"]),
         ([machine({TPM7: ZERO})], ["indistinct_pcr"]),
         ([machine({TPM4: SEPARATOR_ALONE, TPM12: ZERO})], ["indistinct_pcr"]),
+        # others, with which they are ANDed, do identify
+        ([machine({**BUILD, TPM7: SECURE_BOOT_OFF, TPM8: SEPARATOR_ALONE})], []),
+        (
+            [
+                statement({"StringLike": {TPM7: "*"}, "StringEquals": BUILD}),
+            ],
+            [],
+        ),
+        (
+            [statement({"StringLike": {TPM4: "*"}, "StringEquals": {TPM12: ZERO}})],
+            ["pcr_pattern"],
+        ),
         (
             [OPEN, refuse({"StringNotEquals": {TPM7: SECURE_BOOT_OFF}})],
             ["any_machine_image", "indistinct_pcr"],
@@ -116,6 +128,10 @@ def command(*arguments: str) -> Run:
         ([machine({PCR0: GOOD, **BUILD})], ["both_kinds"]),
         ([machine({PCR0: GOOD, TPM7: GOOD})], ["both_kinds"]),
         ([ATTESTED, machine(BUILD)], []),
+        ([ATTESTED, *guards(TPM7)], ["never_allowed"]),
+        ([machine(BUILD), GUARD], ["never_allowed"]),
+        ([machine(BUILD), refuse({"StringNotEquals": {TPM4: OTHER}})], ["never_allowed"]),
+        ([machine({TPM7: GOOD}), *guards(TPM4, TPM12)], []),
         ([ATTESTED, machine({TPM7: GOOD}), GUARD, *guards(TPM7)], ["both_kinds"]),
         ([OPEN, refuse({"StringNotEqualsIgnoreCase": {PCR0: GOOD, TPM7: GOOD}})], []),
         # who may call
@@ -158,6 +174,19 @@ def test_a_misspelt_key_is_guessed_as_its_kind() -> None:
     assert closest_key(f"{ATTESTATION}NitroTPM_PCR4") == TPM4
     assert closest_key(f"{ATTESTATION}TPMPCR12") == TPM12
     assert closest_key(f"{ATTESTATION}NitroPCR4") == f"{ATTESTATION}PCR4"
+    assert closest_key(f"{ATTESTATION}NitroTPMPCR007") == TPM7
+    for no_key in ("NitroTPMPCR24", "NitroTPMPCR99", "NitroTPMImageSha384", "NitroTPM"):
+        assert closest_key(ATTESTATION + no_key) is None
+
+
+def test_no_fix_is_of_the_other_kind() -> None:
+    text = json.dumps({"Statement": [machine({f"{ATTESTATION}NitroTPMPCR24": GOOD})]})
+    fixes = [found.fix for found in check(Policy.parse(text))]
+    assert any(f"{TPM4} and {TPM12}" in fix for fix in fixes)
+    assert not any(f"{ATTESTATION}PCR" in fix for fix in fixes)
+    text = json.dumps({"Statement": [machine({TPM4: SEPARATOR_ALONE, TPM12: ZERO})]})
+    (fix,) = [found.fix for found in check(Policy.parse(text)) if found.code == "indistinct_pcr"]
+    assert fix == "use the value that nitro-tpm-pcr-compute prints"
 
 
 @needs_vectors

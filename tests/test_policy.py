@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import pytest
+from botocore.loaders import Loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,8 @@ from keypolicy import (
     pcr_of_role,
     render,
 )
+from keypolicy.actions import ACTIONS
+from keypolicy.keys import closest_key
 
 ACCOUNT: Final = "111122223333"
 ROOT: Final = f"arn:aws:iam::{ACCOUNT}:root"
@@ -819,7 +822,24 @@ def attested(**condition: Any) -> Json:
     return statement({"StringEqualsIgnoreCase": {PCR0: GOOD}} | condition)
 
 
+def by_arn(arn: str, pcr: str = "", **members: Any) -> Json:
+    """An Allow for everyone, or who is named, whose aws:PrincipalArn is like this."""
+    condition: Json = {"ArnLike": {"aws:PrincipalArn": arn}}
+    if pcr:
+        condition["StringEquals"] = {PCR0: pcr}
+    return statement(condition, **({"Principal": "*"} | members))
+
+
+def granting(operator: str, *operations: str, **members: Any) -> Json:
+    """kms:CreateGrant for a user under a condition on the operations of the grant."""
+    default: Json = {"Action": "kms:CreateGrant", "Principal": {"AWS": USER}}
+    condition = {operator: {"kms:GrantOperations": list(operations)}}
+    return statement(condition, **(default | members))
+
+
 UNATTESTED: Final = ["unattested"]
+NEVER: Final = ["never_allowed"]
+RESOURCE: Final = ["resource"]
 IMAGE_OPEN: Final = ["any_image"]
 DENY_ALL: Final = statement(effect="Deny", Principal="*", Action="kms:*")
 SESSION_AND_GRANT_KEYS: Final = (
@@ -863,6 +883,31 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
         [],
     ),
     "a pattern": ([statement({"StringLike": {PCR0: "ab*"}})], ["pcr_pattern"]),
+    "a pattern beside a certificate": (
+        [statement({"StringLike": {PCR0: "*"}, "StringEquals": {PCR8: GOOD}})],
+        [],
+    ),
+    "a pattern beside a kernel": (
+        [statement({"StringLike": {PCR2: "ab*"}, "StringEquals": {PCR1: GOOD}})],
+        ["pcr_pattern"],
+    ),
+    "zeros of the program's PCR beside a certificate": (
+        [statement({"StringEquals": {f"{ATTESTATION}PCR16": ZERO, PCR8: GOOD}})],
+        [],
+    ),
+    "zeros of the role's PCR beside a certificate": (
+        [statement({"StringEquals": {PCR3: ZERO, PCR8: GOOD}})],
+        [],
+    ),
+    "an image that is not signed": ([statement({"StringEquals": {PCR0: GOOD, PCR8: ZERO}})], []),
+    "zeros that a guard keeps out": (
+        [statement({"StringEquals": {PCR0: [GOOD, ZERO]}}), GUARD],
+        [],
+    ),
+    "zeros of the program's PCR spared by a guard": (
+        [ATTESTED, guard(StringNotEquals={f"{ATTESTATION}PCR16": ZERO})],
+        [],
+    ),
     "a short value": ([statement({"StringEquals": {PCR0: GOOD[:-1]}})], ["pcr_length"]),
     "SHA-256 is too short": ([statement({"StringEquals": {PCR0: "ab" * 32}})], ["pcr_length"]),
     "0x": ([statement({"StringEqualsIgnoreCase": {PCR0: "0X" + GOOD[2:]}})], ["pcr_prefix"]),
@@ -931,6 +976,27 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     "a guard of another key": (
         [GUARD | {"Resource": KEY}, OPEN],
         ["unattested"],
+    ),
+    "a guard of all keys": ([GUARD | {"Resource": "arn:aws:kms:*:*:key/*"}, OPEN], []),
+    "a guard of all keys in any partition": ([GUARD | {"Resource": "arn:*:key/*"}, OPEN], []),
+    "a guard of all keys of China": (
+        [GUARD | {"Resource": "arn:aws-cn:kms:*:*:key/*"}, OPEN],
+        ["unattested", "partition"],
+    ),
+    "a guard of all keys in regions of nine letters": (
+        [GUARD | {"Resource": f"arn:aws:kms:{'?' * 9}:*:key/*"}, OPEN],
+        ["unattested"],
+    ),
+    "a guard of all keys but one": (
+        [
+            refuse({"StringNotEquals": {PCR0: GOOD}}, Resource=None, NotResource=KEY),
+            OPEN,
+        ],
+        ["unattested"],
+    ),
+    "a guard of the account's keys": (
+        [GUARD | {"Resource": f"arn:aws:kms:*:{ACCOUNT}:key/*"}, OPEN],
+        ["unattested"],  # the key may be another account's
     ),
     "a guard of the key by its ARN, as the Allow": (
         [
@@ -1023,11 +1089,63 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     ),
     "root with everything, everything of which is denied": (
         [ATTESTED, statement(Principal={"AWS": ROOT}, Action="kms:*"), DENY_ALL],
-        ["no_administrator"],
+        ["never_allowed", "no_administrator"],
     ),
     "root and a role with everything": (
         [ATTESTED, statement(Principal={"AWS": [ROOT, USER]}, Action="kms:*")],
         ["root_everything", "unattested", "detour"],
+    ),
+    "root may rewrite the policy": (
+        [ATTESTED, statement(Principal={"AWS": ROOT}, Action=["kms:Put*", "kms:Describe*"])],
+        ["anyone_administers"],
+    ),
+    "root may rewrite the policy and grant": (
+        [ATTESTED, statement(Principal={"AWS": ROOT}, Action=["kms:Put*", "kms:CreateGrant"])],
+        ["detour", "anyone_administers"],
+    ),
+    "the account may with a second factor": (
+        [
+            ATTESTED,
+            attested_by({"Bool": {"aws:MultiFactorAuthPresent": "true"}})
+            | {"Principal": {"AWS": ACCOUNT}},
+        ],
+        ["anyone_administers"],
+    ),
+    "the account's administrator may": (
+        [ATTESTED, by_arn(ADMIN, Action="kms:PutKeyPolicy", Principal={"AWS": ROOT})],
+        [],
+    ),
+    "the account's administrators may, by a pattern": (
+        [ATTESTED, by_arn(f"{ADMIN}*", Action="kms:PutKeyPolicy", Principal={"AWS": ROOT})],
+        [],
+    ),
+    "all roles of the account may, by a pattern": (
+        [
+            ATTESTED,
+            by_arn(
+                f"arn:aws:iam::{ACCOUNT}:role/*", Action="kms:PutKeyPolicy", Principal={"AWS": ROOT}
+            ),
+        ],
+        ["anyone_administers"],
+    ),
+    "the account's administrators may, by a tag": (
+        [
+            ATTESTED,
+            attested_by({"StringEquals": {"aws:PrincipalTag/admin": "yes"}})
+            | {"Principal": {"AWS": ROOT}},
+        ],
+        [],
+    ),
+    "the account's administrator may do everything": (
+        [ATTESTED, GUARD, by_arn(ADMIN, Action="kms:*", Principal={"AWS": ROOT})],
+        ["detour"],
+    ),
+    "everyone of the account may": (
+        [
+            limited("StringEquals", "kms:CallerAccount", ACCOUNT),
+            attested_by({"StringEquals": {"kms:CallerAccount": ACCOUNT}}) | {"Principal": "*"},
+        ],
+        ["anyone_administers"],
     ),
     # -- what the parent instance may do beside
     "the parent may rewrite the policy": (
@@ -1046,6 +1164,72 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     "by a list": (
         [ATTESTED, statement(Action="kms:PutKeyPolicy", Principal={"AWS": [USER, ROLE]})],
         ["parent_administers"],
+    ),
+    "by its ARN, attested and not": (
+        [by_arn(ROLE, pcr=GOOD), by_arn(ROLE, Action="kms:PutKeyPolicy")],
+        ["parent_administers"],
+    ),
+    "by its ARN, attested as one of everyone": (
+        [by_arn(ROLE, pcr=GOOD), statement(Action="kms:PutKeyPolicy")],
+        ["parent_administers"],
+    ),
+    "by its ARN, attested as one of the account": (
+        [by_arn(ROLE, pcr=GOOD, Principal={"AWS": ACCOUNT}), statement(Action="kms:PutKeyPolicy")],
+        ["parent_administers"],
+    ),
+    "by a pattern of its ARN, which leaves it to the account": (
+        [ATTESTED, by_arn(f"{ROLE[:-3]}*", Action="kms:PutKeyPolicy", Principal={"AWS": ROOT})],
+        ["parent_administers"],
+    ),
+    "attested by a pattern of its ARN": (
+        [by_arn(f"{ROLE[:-3]}*", pcr=GOOD), statement(Action="kms:PutKeyPolicy")],
+        ["parent_administers"],
+    ),
+    "by the pattern that it is attested by": (
+        [
+            by_arn(f"{ROLE[:-3]}*", pcr=GOOD),
+            by_arn(f"{ROLE[:-3]}*", Action="kms:PutKeyPolicy"),
+        ],
+        ["parent_administers"],
+    ),
+    "by the id that it is attested by": (
+        [
+            limited("StringLike", "aws:userId", "AROAEXAMPLEEXAMPLEXX:*"),
+            attested_by({"StringLike": {"aws:userid": "AROAEXAMPLEEXAMPLEXX:i-01*"}})
+            | {"Principal": "*"},
+        ],
+        ["parent_administers"],
+    ),
+    "another id than it is attested by": (
+        [
+            limited("StringLike", "aws:userId", "AROAEXAMPLEEXAMPLEXX:*"),
+            attested_by({"StringLike": {"aws:userId": "AROAEXAMPLEEXAMPLEYY:*"}})
+            | {"Principal": "*"},
+        ],
+        [],
+    ),
+    "by any name of a user": (
+        [
+            limited("StringEquals", "kms:CallerAccount", ACCOUNT),
+            attested_by({"StringLike": {"aws:username": "*"}}) | {"Principal": {"AWS": ROOT}},
+        ],
+        ["anyone_administers"],
+    ),
+    "by its ARN, but denied it": (
+        [
+            by_arn(ROLE, pcr=GOOD),
+            statement(Action="kms:PutKeyPolicy", Principal={"AWS": [ROLE, USER]}),
+            refuse({"ArnEquals": {"aws:PrincipalArn": ROLE}}, Action="kms:Put*"),
+        ],
+        [],
+    ),
+    "the parent, by its ARN, may encrypt": (
+        [by_arn(ROLE, pcr=GOOD), statement(Action="kms:Encrypt")],
+        ["parent_encrypts"],
+    ),
+    "another account's role by its ARN, of this account": (
+        [by_arn(OTHER, Principal={"AWS": ROOT})],
+        [],
     ),
     "as one of everyone": (
         [ATTESTED, statement(Action="kms:PutKeyPolicy", Principal="*")],
@@ -1096,6 +1280,93 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
         ["parent_encrypts"],
     ),
     "the parent may grant": ([ATTESTED, statement(Action="kms:CreateGrant")], ["detour"]),
+    # -- what never applies
+    "a guard of another image": ([ATTESTED, guard(StringNotEquals={PCR0: BAD})], NEVER),
+    "a guard of another image, and an Allow without a document": (
+        [OPEN, GUARD, guard(StringNotEquals={PCR0: BAD})],
+        NEVER,
+    ),
+    "a guard of another image beside one of both": (
+        [ATTESTED, guard(StringNotEquals={PCR0: BAD}), attested() | {"Action": "kms:Encrypt"}],
+        ["never_allowed", "never_attested"],
+    ),
+    "a guard of either image": ([ATTESTED, guard(StringNotEquals={PCR0: [GOOD, BAD]})], []),
+    "a guard in upper case": (
+        [ATTESTED, guard(StringNotEqualsIgnoreCase={PCR0: GOOD.upper()})],
+        [],
+    ),
+    "a guard of a certificate, and a revoked image": (
+        [
+            statement({"StringEquals": {PCR8: GOOD}}),
+            refuse({"StringEquals": {PCR0: [BAD, ZERO]}}),
+        ],
+        [],
+    ),
+    "the only image is revoked": ([ATTESTED, refuse({"StringEquals": {PCR0: GOOD}})], NEVER),
+    "a document without a PCR of the program": (
+        [ATTESTED, refuse({"Null": {f"{ATTESTATION}PCR16": "false"}})],
+        [],
+    ),
+    "an attested action that is denied": ([ATTESTED, refuse()], NEVER),
+    "an attested action that is denied to the role": (
+        [ATTESTED, refuse(Principal={"AWS": ROLE})],
+        NEVER,
+    ),
+    "an attested action that is denied to one of two": (
+        [ATTESTED | {"Principal": {"AWS": [ROLE, USER]}}, refuse(Principal={"AWS": ROLE})],
+        [],
+    ),
+    "one of the attested actions is denied": (
+        [ATTESTED | {"Action": ["kms:Decrypt", "kms:GenerateDataKey"]}, refuse()],
+        NEVER,
+    ),
+    "one of a pattern's actions is denied": (
+        [ATTESTED | {"Action": "kms:GenerateDataKey*"}, refuse(Action="kms:GenerateDataKeyPair")],
+        [],
+    ),
+    "two values of one PCR at once": (
+        [statement({"StringEquals": {PCR0: GOOD}, "StringLike": {PCR0: BAD}})],
+        NEVER,
+    ),
+    "PCR0 and ImageSha384 differ": (
+        [statement({"StringEquals": {PCR0: GOOD, f"{ATTESTATION}ImageSha384": BAD}})],
+        NEVER,
+    ),
+    "debug mode with a certificate": (
+        [statement({"StringEquals": {PCR0: ZERO, PCR8: GOOD}})],
+        NEVER,
+    ),
+    "a guard with a pattern, which is not decided": (
+        [ATTESTED, guard(StringNotLike={PCR0: "cd*"})],
+        ["pcr_pattern"],
+    ),
+    "a guard over no TLS": (
+        [statement({"StringEquals": {PCR0: GOOD}, "Bool": {"aws:SecureTransport": "false"}})],
+        NEVER,
+    ),
+    "an alias as Resource": ([ATTESTED | {"Resource": KEY.replace(":key/", ":alias/")}], RESOURCE),
+    "aliases as Resource": ([ATTESTED | {"Resource": "arn:aws:kms:*:*:alias/*"}], RESOURCE),
+    "nothing as Resource": ([ATTESTED | {"Resource": ""}], RESOURCE),
+    "a key's id as Resource": ([ATTESTED | {"Resource": KEY.partition("/")[2]}], RESOURCE),
+    "another service's Resource": ([ATTESTED | {"Resource": "arn:aws:s3:::bucket/*"}], RESOURCE),
+    "a guard of an alias": ([ATTESTED, GUARD | {"Resource": "arn:aws:kms:*:*:alias/*"}], RESOURCE),
+    "an alias beside the key": (
+        [ATTESTED | {"Resource": [KEY, KEY.replace(":key/", ":alias/")]}],
+        [],
+    ),
+    "all keys as Resource": ([ATTESTED | {"Resource": "arn:aws:kms:*:*:key/*"}], []),
+    "nobody as principal": ([ATTESTED | {"Principal": {"AWS": ""}}], ["principal"]),
+    "a group as principal": (
+        [ATTESTED | {"Principal": {"AWS": f"arn:aws:iam::{ACCOUNT}:group/g"}}],
+        ["principal"],
+    ),
+    "an instance profile as principal": (
+        [ATTESTED | {"Principal": {"AWS": f"arn:aws:iam::{ACCOUNT}:instance-profile/Enclave"}}],
+        ["principal"],
+    ),
+    "a misspelt action": ([ATTESTED | {"Action": "kms:Dcrypt"}], ["action"]),
+    "a misspelt pattern": ([ATTESTED | {"Action": ["kms:Decrypt", "kms:Dcr*"]}], ["action"]),
+    "an action of another service": ([ATTESTED, statement(Action="s3:*")], ["action"]),
     # -- who or what never attests
     "an attested service": (
         [ATTESTED, ATTESTED | {"Principal": {"Service": "rds.amazonaws.com"}}],
@@ -1160,6 +1431,26 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
         [limited("ArnLike", "aws:PrincipalArn", "arn:aws:iam::*:role/enclaves/*")],
         ["wildcard_principal"],
     ),
+    "everyone of a unit of the organization": (
+        [limited("ForAnyValue:StringLike", "aws:PrincipalOrgPaths", "o-a1b2/r-ab12/ou-ab12-1/*")],
+        [],
+    ),
+    "everyone of a unit of any organization": (
+        [limited("ForAnyValue:StringLike", "aws:PrincipalOrgPaths", "o-*/ou-ab12-1/*")],
+        ["wildcard_principal"],
+    ),
+    "everyone with a session of a role": (
+        [limited("StringLike", "aws:userId", "AROAEXAMPLEEXAMPLEXX:*")],
+        [],
+    ),
+    "everyone with a session of any role": (
+        [limited("StringLike", "aws:userId", "AROA*:*")],
+        ["wildcard_principal"],
+    ),
+    "everyone on an instance of the account": (
+        [limited("ArnLike", "ec2:SourceInstanceARN", f"arn:aws:ec2:*:{ACCOUNT}:instance/*")],
+        [],
+    ),
     "everyone but an account": (
         [limited("StringNotEquals", "kms:CallerAccount", ACCOUNT)],
         ["wildcard_principal"],
@@ -1209,6 +1500,61 @@ FINDINGS: Final[dict[str, tuple[list[Json], list[str]]]] = {
     "a guard of one principal does not guard": (
         [GUARD | {"Principal": {"AWS": USER}}, OPEN],
         ["unattested"],
+    ),
+    "a grant that gives no plaintext": (
+        [ATTESTED, granting("ForAllValues:StringEquals", "Encrypt", "DescribeKey")],
+        [],
+    ),
+    "a grant that may give a plaintext": (
+        [ATTESTED, granting("ForAllValues:StringEquals", "Encrypt", "Decrypt")],
+        ["detour"],
+    ),
+    "a grant that gives no plaintext alone": (
+        [ATTESTED, granting("ForAnyValue:StringEquals", "Encrypt")],
+        ["detour"],
+    ),
+    "a grant of whatever is not named": (
+        [ATTESTED, granting("ForAllValues:StringNotEquals", "Decrypt")],
+        ["detour"],
+    ),
+    "a grant of whatever is not named, no plaintext": (
+        [
+            ATTESTED,
+            granting(
+                "ForAllValues:StringNotEquals", "Decrypt", "DeriveSharedSecret", "ReEncryptFrom"
+            ),
+        ],
+        [],
+    ),
+    "grants of plaintexts are denied": (
+        [
+            ATTESTED,
+            statement(Action="kms:CreateGrant", Principal={"AWS": USER}),
+            granting(
+                "ForAnyValue:StringEquals",
+                "Decrypt",
+                "DeriveSharedSecret",
+                "ReEncryptFrom",
+                effect="Deny",
+                Principal="*",
+            ),
+        ],
+        [],
+    ),
+    "grants of plaintexts alone are denied": (
+        [
+            ATTESTED,
+            statement(Action="kms:CreateGrant", Principal={"AWS": USER}),
+            granting(
+                "ForAllValues:StringEquals",
+                "Decrypt",
+                "DeriveSharedSecret",
+                "ReEncryptFrom",
+                effect="Deny",
+                Principal="*",
+            ),
+        ],
+        ["detour"],
     ),
     "ways around": (
         [statement(Action=["kms:CreateGrant", "kms:ReplicateKey", "kms:ImportKeyMaterial"])],
@@ -1379,7 +1725,36 @@ def test_what_is_denied_to_everybody_is_not_found_open(statements: list[Json]) -
         assert not any("kms:Decrypt" in problem for problem in problems)
 
 
-@pytest.mark.parametrize("kind", ["everyone", "roles", "Denys by role", "Denys by condition"])
+_PCRS = st.fixed_dictionaries(
+    {
+        index: st.sampled_from([bytes.fromhex(GOOD), bytes.fromhex(BAD), FOREIGN])
+        for index in (0, 1, 2)
+    }
+    | {index: st.sampled_from([bytes.fromhex(GOOD), bytes(48)]) for index in (3, 8)}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_STATEMENT, min_size=1, max_size=3), st.lists(_PCRS, min_size=8, max_size=8))
+def test_what_is_never_allowed_is_never_allowed(
+    statements: list[Json], documents: list[dict[int, bytes]]
+) -> None:
+    policy = parse(*statements)
+    for found in check(policy):
+        if found.code == "never_allowed" and "kms:Decrypt" in found.problem:
+            others = (part for part in policy.statements if part.effect == "Deny")
+            never = (part for part in policy.statements if part.label == found.statement)
+            alone = replace(policy, statements=(*never, *others))
+            for pcrs in (*documents, *DOCUMENTS):
+                for principal in (ROLE, SESSION, USER, ADMIN):
+                    asked = request(principal=principal, pcrs=pcrs)
+                    assert evaluate(alone, asked).decision is not ALLOWED, (principal, pcrs)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["everyone", "roles", "Denys by role", "Denys by condition", "by patterns", "no actions"],
+)
 def test_a_large_policy_is_checked_in_time(kind: str) -> None:
     """As many statements as there is room for; quadratic work took eleven seconds."""
 
@@ -1389,6 +1764,10 @@ def test_a_large_policy_is_checked_in_time(kind: str) -> None:
     def one(number: int) -> Json:
         if kind == "everyone":
             return statement(Principal="*", Action="*")
+        if kind == "by patterns":
+            return by_arn(f"{ROLE}{number}*", pcr=str(number), Action="*")
+        if kind == "no actions":
+            return statement(Action=f"kms:{number}")
         if kind == "roles" or number % 2:
             return statement(Principal=role(number), Action="*")
         if kind == "Denys by role":
@@ -1397,6 +1776,7 @@ def test_a_large_policy_is_checked_in_time(kind: str) -> None:
         return refuse(arn)
 
     sizes = {"everyone": 2060, "roles": 1000, "Denys by role": 1000, "Denys by condition": 240}
+    sizes |= {"by patterns": 120, "no actions": 1000}
     text = json.dumps(
         {"Statement": [one(number) for number in range(sizes[kind])]}, separators=(",", ":")
     )
@@ -1452,6 +1832,21 @@ def test_findings_say_where_what_and_how_to_mend_it() -> None:
 def test_misspelt_keys_are_recognised(key: str, guess: str) -> None:
     (finding,) = check(parse(ADMINISTRATION, attested(StringEquals={key: "x"})))
     assert finding.fix == f"did you mean {guess}?"
+
+
+@pytest.mark.parametrize("number", ["32", "100", "9" * 30])
+def test_a_pcr_that_there_is_not_is_not_guessed(number: str) -> None:
+    assert closest_key(f"{ATTESTATION}PCR{number}") is None
+
+
+# ---- actions
+
+
+def test_every_operation_of_kms_is_known() -> None:
+    operations = set(Loader().load_service_model("kms", "service-2")["operations"])
+    named = {action.removeprefix("kms:") for action in ACTIONS}
+    assert operations - named == {"ReEncrypt"}  # which asks for two actions
+    assert named - operations == {"ReEncryptFrom", "ReEncryptTo", "SynchronizeMultiRegionKey"}
 
 
 # ---- measuring
@@ -1604,7 +1999,7 @@ VARIANTS: Final[dict[str, Json]] = {
     "role": {"images": [IMAGE | {3: pcr_of_role(ROLE), 16: b"\x10" * 48}]},
     "several people": {
         "principals": [ROLE, USER],
-        "admins": [ADMIN, ROOT],
+        "admins": [ADMIN, f"{USER}3"],
         "encryptors": [f"{USER}2"],
     },
     "all actions": {"actions": RECIPIENT_ACTIONS},
@@ -1752,6 +2147,7 @@ def test_values_are_written_in_lower_case_under_pcr_keys() -> None:
         ({"principals": [SESSION]}, "not the ARN"),
         ({"principals": [f"{ROLE}*"]}, "not the ARN"),
         ({"admins": [ACCOUNT]}, "not the ARN"),
+        ({"admins": [ROOT]}, "not the ARN of a role or user"),
         ({"encryptors": [ROOT]}, "not the ARN"),
         ({"encryptors": [ROLE]}, "cannot be encryptor"),
         ({"admins": [ADMIN, ROLE]}, "cannot be administrator"),
