@@ -327,6 +327,12 @@ def explain(
 
     with evidence_errors():
         parsed = _read_policy(file)
+        keypolicy.check_question(action)
+        if key_id is not None and not keypolicy.is_key_arn(key_id):
+            raise InputError(f"--key-id {key_id} is not the ARN of a key")
+        mixed = keypolicy.mixed_partitions((principal, key_id or principal))
+        if mixed:
+            raise InputError(f"--principal and --key-id: {mixed}")
         verified, pcrs = _asked_pcrs(action, sources)
         of_source = dict([pcrs]) if pcrs else {}
         request = keypolicy.Request(

@@ -22,6 +22,7 @@ what the package's attribute of that name is.
 
 from __future__ import annotations
 
+from keypolicy.actions import check_question
 from keypolicy.check import check
 from keypolicy.evaluate import (
     NOT_EVALUATED,
@@ -42,6 +43,8 @@ from keypolicy.model import (
     PolicyError,
     Source,
     Statement,
+    is_key_arn,
+    mixed_partitions,
 )
 from keypolicy.nitrotpm import Measured, measured
 from keypolicy.render import Bind, Rendered, render
@@ -66,9 +69,12 @@ __all__ = [
     "Statement",
     "StatementFinding",
     "check",
+    "check_question",
     "evaluate",
+    "is_key_arn",
     "measured",
     "measurements",
+    "mixed_partitions",
     "pcr_of_certificate",
     "pcr_of_instance",
     "pcr_of_role",

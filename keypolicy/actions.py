@@ -10,6 +10,8 @@ import difflib
 import re
 from typing import Final
 
+from keypolicy.model import PolicyError, abbreviated
+
 _WITHOUT_KEY: Final = tuple(
     f"kms:{name}"
     for name in """
@@ -38,6 +40,22 @@ ACTIONS: Final = (
 """All of them, those without a key included."""
 
 _BY_NAME: Final = {name.lower(): name for name in ACTIONS}
+
+
+def check_question(action: str) -> None:
+    """Raise PolicyError unless this is one action of KMS that key policies decide about."""
+    found = _BY_NAME.get(action.lower())
+    if found in _WITHOUT_KEY:
+        raise PolicyError(f"no key policy decides about {found}: identity policies do")
+    if found:
+        return
+    if re.search(r"[*?]", action):
+        raise PolicyError(f"action {abbreviated(action)} is a pattern: ask about one action")
+    problem = f"action {abbreviated(action)} is not known here"
+    closest = closest_action(action)
+    if closest:
+        raise PolicyError(problem, f"did you mean {closest}?")
+    raise PolicyError(f"{problem}, expected one of KMS, such as kms:Decrypt")
 
 
 def fits_an_action(pattern: str) -> bool:

@@ -19,7 +19,9 @@ from keypolicy.model import (
     ENCRYPTION_CONTEXT,
     Condition,
     Policy,
+    PolicyError,
     Statement,
+    abbreviated,
     nitrotpm_condition_key,
     pcr_condition_key,
     split_arn,
@@ -122,9 +124,11 @@ class Evaluation:
 def evaluate(policy: Policy, request: Request) -> Evaluation:
     """Decide a request by the key policy: an explicit deny first, then any allow, else denied.
 
-    Raises PolicyError when the request's principal or resource is no ARN.
+    Raises PolicyError when the request's principal or resource is no ARN, or names several callers.
     """
     caller = Caller.from_arn(request.principal)
+    if re.search(r"[*?]", request.principal):
+        raise PolicyError(f"principal {abbreviated(request.principal)} is a pattern: name one")
     values = _known_values(request, caller)
     findings = tuple(_judge(found, request, caller, values) for found in policy.statements)
     denials = [found for found in findings if found.statement.effect == "Deny"]

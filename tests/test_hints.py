@@ -156,6 +156,8 @@ LEADS: Final = [
     Lead("leave it out; {} carry one",
          "policy explain policy.json --principal $ROLE --action kms:Encrypt --pcr 0=$PCR0",
          ("policy explain policy.json --principal $ROLE --action kms:Encrypt",)),
+    Lead("did you mean {}?", "policy explain policy.json --principal $ROLE --action Encrypt",
+         ("policy explain policy.json --principal $ROLE --action kms:Encrypt",)),
     *(
         Lead("leave out --document, or all of them",
              f"{_EXPLAIN} --key-id $KEY --root $ROOT --document doc --pcr 0=$PCR0",

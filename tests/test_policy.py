@@ -653,7 +653,18 @@ def test_only_identity_policies_are_missing_for_a_delegated_decision() -> None:
 
 
 @pytest.mark.parametrize(
-    "principal", ["", "Enclave", "arn:aws:iam::1:role/R", "arn:aws:s3:::bucket", KEY]
+    "principal",
+    [
+        "",
+        "Enclave",
+        "arn:aws:iam::1:role/R",
+        "arn:aws:s3:::bucket",
+        KEY,
+        f"{ROLE}*",
+        f"arn:aws:iam::{ACCOUNT}:role/",
+        f"arn:aws:iam::{ACCOUNT}:group/g",
+        f"arn:aws:iam::{ACCOUNT}:instance-profile/p",
+    ],
 )
 def test_principals_that_are_none_are_refused(principal: str) -> None:
     with pytest.raises(PolicyError):

@@ -489,7 +489,32 @@ def test_the_answer_of_get_key_policy_is_recognised(tmp_path: Path) -> None:
     [
         (["--principal", "somebody"], "'somebody' is not an ARN"),
         (["--principal", "arn:aws:s3:::bucket"], "is not the ARN of a user, role or session"),
-        (["--principal", ROLE, "--key-id", "1234"], "'1234' is not an ARN"),
+        (["--principal", ROLE, "--key-id", "1234"], "--key-id 1234 is not the ARN of a key"),
+        (["--principal", ROLE, "--key-id", ""], "is not the ARN of a key"),
+        (["--principal", ROLE, "--key-id", "arn:aws:s3:::bucket"], "is not the ARN of a key"),
+        (
+            ["--principal", ROLE, "--key-id", f"arn:aws:kms:eu-west-1:{ACCOUNT}:alias/x"],
+            "is not the ARN of a key",
+        ),
+        (
+            ["--principal", ROLE, "--key-id", f"arn:aws-cn:kms:cn-north-1:{ACCOUNT}:key/1"],
+            "of the partitions aws, aws-cn",
+        ),
+        (["--principal", f"{ROLE[:-1]}*"], "is a pattern: name one"),
+        (["--principal", f"arn:aws:iam::{ACCOUNT}:group/x"], "is not the ARN of a user, role"),
+        (
+            ["--principal", ROLE, "--action", "kms:generaterandom"],
+            "no key policy decides about kms:GenerateRandom",
+        ),
+        (
+            ["--principal", ROLE, "--action", "kms:CreateKey", "--pcr", f"0={OTHER}"],
+            "no key policy decides about kms:CreateKey",
+        ),
+        (["--principal", ROLE, "--action", "kms:*"], "'kms:*' is a pattern: ask about one action"),
+        (["--principal", ROLE, "--action", "kms:Dcrypt"], "did you mean kms:Decrypt?"),
+        (["--principal", ROLE, "--action", "Decrypt"], "did you mean kms:Decrypt?"),
+        (["--principal", ROLE, "--action", "s3:GetObject"], "expected one of KMS"),
+        (["--principal", ROLE, "--action", ""], "action '' is not known here"),
         (["--principal", ROLE, "--context", "node"], "NAME=VALUE"),
         (["--principal", ROLE, "--document", "/nowhere"], "cannot be read"),
         ([], "missing option '--principal'"),
