@@ -56,7 +56,9 @@ def check_names(statement: Statement) -> Iterator[Problem]:
         problem = f"action {abbreviated(action)} is not known here: if misspelt, it fits no call"
         guess = closest_action(action)
         fix = "compare it with the actions of AWS KMS"
-        yield Problem("action", problem, f"did you mean {guess}?" if guess else fix)
+        # AWS may have added one since
+        said = f"did you mean {guess}?" if guess else fix
+        yield Problem("action", problem, said, warning=not guess)
     if not statement.not_resource and not any(map(_may_be_key, statement.resources)):
         resource = abbreviated(statement.resources[0])
         problem = f"resource {resource} is no key's ARN, so that the statement never applies"

@@ -1717,6 +1717,13 @@ def test_what_is_found_without_fault_lets_no_other_image_in(statements: list[Jso
                 assert evaluate(policy, asked).decision is not ALLOWED, (principal, action)
 
 
+def test_an_action_that_aws_may_have_added_is_no_fault() -> None:
+    (found,) = check(parse(ADMINISTRATION, ATTESTED, statement(Action="kms:Entangle")))
+    assert (found.code, found.warning) == ("action", True)
+    (found,) = check(parse(ADMINISTRATION, ATTESTED | {"Action": ["kms:Decrypt", "kms:Dcrypt"]}))
+    assert (found.code, found.warning) == ("action", False)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(_STATEMENT, min_size=1, max_size=4))
 def test_what_is_denied_to_everybody_is_not_found_open(statements: list[Json]) -> None:
