@@ -64,8 +64,8 @@ class Served:
         os.close(writer)
 
     def __enter__(self) -> Self:
-        with self._ready as ready:
-            said = ready.read().decode().split()
+        with self._ready as ready:  # two lines, and not all there is: a wrapper keeps it open
+            said = (ready.readline() + ready.readline()).decode().split()
         if len(said) != 2:
             raise AssertionError(f"it does not listen: {self.outcome()}")
         assert said[0] == f"unix:{self.socket}"
