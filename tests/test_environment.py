@@ -82,7 +82,7 @@ def test_nothing_is_reported_to_a_monitor(enclave: Enclave, where: str) -> None:
 def test_isolated_mode_does_not_import_from_the_working_folder(enclave: Enclave) -> None:
     """Of the two ways to name the module, documents recommend the second."""
     enclave.place(b"open('evil-was-here', 'w').close()\nraise SystemExit(9)\n", "click.py")
-    assert enclave.attestor("--version").status == 9
+    assert enclave.attestor("--version", whole_process=True).status == 9
     (enclave.folder / "evil-was-here").unlink()
     run = enclave.run(sys.executable, "-Im", "attestor", "--version")
     assert (run.status, run.err) == (0, "")
