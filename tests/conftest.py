@@ -115,13 +115,28 @@ class Enclave:
         """Run attestor inside, forked from a process that has imported it (tests/forked.py) where
         that makes no difference; `whole_process` is for tests of what it does make one to.
         """
-        done = None
-        if not (whole_process or os.environ.get("ATTESTOR_WHOLE_PROCESSES")):
-            server = _fork_server(self.environment["LD_PRELOAD"])
-            done = server.run(arguments, self._inside(environment), self.folder, stdin or b"")
+        done = (
+            None if whole_process else self.forked(*arguments, stdin=stdin, environment=environment)
+        )
         return done or self.run(
             sys.executable, "-m", "attestor", *arguments, stdin=stdin, environment=environment
         )
+
+    def forked(
+        self,
+        *arguments: str,
+        stdin: bytes | None = None,
+        environment: Mapping[str, str | None] | None = None,
+        vsock_to_tcp: bool = False,
+    ) -> Run | None:
+        """Run attestor so; None for what needs a process of its own, and where all are to be whole.
+
+        With `vsock_to_tcp`, the ports of vsock's CID 3 are TCP ports of this host.
+        """
+        if os.environ.get("ATTESTOR_WHOLE_PROCESSES"):
+            return None
+        server = _fork_server(self.environment["LD_PRELOAD"], vsock_to_tcp=vsock_to_tcp)
+        return server.run(arguments, self._inside(environment), self.folder, stdin or b"")
 
     def _inside(self, environment: Mapping[str, str | None] | None) -> dict[str, str]:
         merged = {**self.environment, **(environment or {})}
@@ -142,10 +157,11 @@ _FORK_SERVERS: Final = contextlib.ExitStack()
 
 
 @functools.cache
-def _fork_server(preloaded: str) -> ForkServer:
+def _fork_server(preloaded: str, *, vsock_to_tcp: bool) -> ForkServer:
     """One for all enclaves behind the same shim, to the end of the session."""
     environment = os.environ | {"LD_PRELOAD": preloaded, "PYTHONPATH": str(ROOT)}
-    return _FORK_SERVERS.enter_context(ForkServer(environment, ROOT))
+    server = ForkServer(environment, ROOT, vsock_to_tcp=vsock_to_tcp)
+    return _FORK_SERVERS.enter_context(server)
 
 
 @pytest.fixture(scope="session")

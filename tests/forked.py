@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -165,9 +166,14 @@ def _warm(*, vsock_to_tcp: bool) -> None:
     key = rsa.generate_private_key(65537, 2048)
     rsa.generate_private_key = lambda *_, **__: key
     if vsock_to_tcp:
-        vsock.dial = lambda address, timeout: socket.create_connection(
-            ("127.0.0.1", address[1]), timeout
-        )
+        vsock.dial = _dial_tcp
+
+
+def _dial_tcp(address: tuple[int, int], timeout: float | None) -> socket.socket:
+    cid, port = address
+    if cid != 3:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    return socket.create_connection(("127.0.0.1", port), timeout)
 
 
 def _serve() -> None:

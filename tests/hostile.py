@@ -52,6 +52,14 @@ def attestor(
     return enclave.run(sys.executable, "-c", _PROGRAM, *arguments, environment=environment)
 
 
+def forked(
+    enclave: Enclave, *arguments: str, environment: Mapping[str, str | None] | None = None
+) -> Run:
+    """The same where nobody measures: in a fork, which is cheaper."""
+    done = enclave.forked(*arguments, environment=environment, vsock_to_tcp=True)
+    return done or attestor(enclave, *arguments, environment=environment)
+
+
 def peak(enclave: Enclave) -> float:
     """The most memory that the last run had, in MiB."""
     path = enclave.folder / "peak"

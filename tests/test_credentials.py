@@ -15,7 +15,8 @@ import pytest
 
 from attestor_io import metadata, vsock
 from attestor_io.errors import InputError
-from tests.hostile import NAMES, Server, attestor, dripping, says, whole
+from tests.hostile import NAMES, Server, dripping, says, whole
+from tests.hostile import forked as attestor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
