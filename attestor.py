@@ -760,7 +760,9 @@ class Kms:
             check_credentials(session)
             return self.client(session, connections)
 
-        return self.deadline.call(make, "no AWS credentials")
+        from attestor_io import credentials
+
+        return self.deadline.call(make, lambda: credentials.not_in_time(session))
 
     def prepare(self, session: Any) -> None:
         """Let a new session load its data, find its credentials and connect in our way.

@@ -16,12 +16,14 @@ import os
 import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import attestor
 from attestor_commands import report
 from attestor_commands.doctor_call import NoVerdict, dry_run
+from attestor_io import credentials as credential_sources
 from attestor_io import errors
 from attestor_io.ciphertext import is_symmetric, read_ciphertext
 from attestor_io.reading import Message
@@ -247,7 +249,8 @@ def _credentials(case: Case) -> Finding:
 
     kms = case.kms or attestor.Kms.connect(None, **{**case.connection, "region": _ANY_REGION})
     case.session = botocore.session.Session()
-    case.deadline.call(lambda: _find_credentials(kms, case.session))
+    late = partial(credential_sources.not_in_time, case.session)
+    case.deadline.call(lambda: _find_credentials(kms, case.session), late)
     credentials = case.session.get_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
     if expiry is None:
@@ -279,8 +282,9 @@ def _endpoint(case: Case) -> Finding:
 def _document(case: Case) -> Finding:
     """The attestation document that is sent to KMS."""
     case.need("device")
-    data = case.in_time(attestor.process_recipient().document, "no attestation document")
-    return Finding(f"{len(data)} bytes")
+    recipient = attestor.process_recipient()
+    recipient.wait_for_document(case.deadline.within(case.patience))
+    return Finding(f"{len(recipient.document())} bytes")
 
 
 # ---- the way to KMS

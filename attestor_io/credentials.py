@@ -49,9 +49,28 @@ def equip(
     resolver = session.get_component("credential_provider")
     resolver.get_provider("iam-role")._role_fetcher = _RoleFetcher(imds_vsock, deadline)
     resolver.get_provider("container-role")._fetcher = _ContainerFetcher(hosts, deadline)
+    for provider in resolver.providers:
+        provider.load = partial(_load, session, provider.METHOD, provider.load)
     if session.get_config_variable("defaults_mode") == "auto":
         # which asks the metadata service for its region, by itself
         session.set_config_variable("defaults_mode", "standard")
+
+
+def _load(session: Any, method: str, load: Callable[[], Any]) -> Any:
+    session.attestor_asks = method
+    found = load()
+    session.attestor_asks = None
+    return found
+
+
+def not_in_time(session: Any) -> str:
+    """What does not come in time, of a session that `equip` prepared: the source is botocore's name
+    for it, such as "custom-process".
+    """
+    # credentials of a role may be found at once, and fetched when they are used
+    found = getattr(session._credentials, "method", None)
+    method = getattr(session, "attestor_asks", None) or found
+    return f"no AWS credentials from {method}" if method else "no AWS credentials"
 
 
 def check(session: Any) -> None:

@@ -34,8 +34,11 @@ class Deadline:
         """The earlier one of this deadline and of another one that starts now."""
         return self if self.left <= seconds else Deadline(seconds)
 
-    def call(self, work: Callable[[], _T], what: str = "no answer of KMS") -> _T:
-        """Return what `work` gives in time, else raise UnreachableError, which says `what`.
+    def call(
+        self, work: Callable[[], _T], what: str | Callable[[], str] = "no answer of KMS"
+    ) -> _T:
+        """Return what `work` gives in time, else raise UnreachableError, which says `what`: a
+        function is asked once it is too late.
 
         The work then goes on in its thread, with nobody to hear of it: nothing else ends a call of
         the C library, such as one that resolves a name.
@@ -43,7 +46,7 @@ class Deadline:
         try:
             return run_in_background(work).result(self.left)
         except FutureTimeoutError:
-            raise self.passed(what) from None
+            raise self.passed(what if isinstance(what, str) else what()) from None
 
     def passed(self, what: str) -> UnreachableError:
         """The error of whoever found it passed."""

@@ -253,6 +253,7 @@ def test_a_module_that_does_not_answer_is_bounded_by_the_timeout(
     start = time.monotonic()
     reason = "the Nitro Secure Module does not answer within 2 seconds"
     refused(enclave, enclave.decrypt("--timeout", "2"), 3, reason)
+    assert enclave.attestor("doctor", "--timeout", "2", "blob").status == 3
     assert time.monotonic() - start < 60
 
 

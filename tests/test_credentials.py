@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 from datetime import UTC, datetime, timedelta
@@ -124,6 +125,23 @@ def test_an_expiration_that_is_none(enclave: Enclave, expiration: str) -> None:
         assert run.status == 5, run.err
         assert server.url in run.error
         assert run.error.endswith("has an Expiration that is none")
+
+
+@pytest.mark.parametrize(
+    ("variable", "method"),
+    [
+        ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "container-role"),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "assume-role-with-web-identity"),
+    ],
+)
+def test_a_source_that_is_waited_for_is_named(enclave: Enclave, variable: str, method: str) -> None:
+    os.mkfifo(enclave.folder / "fifo")
+    inside = {variable: "fifo", FULL: NOWHERE, "AWS_ROLE_ARN": ROLE}
+    run = decrypt(enclave, inside, "--timeout", "1")
+    assert (run.status, run.error) == (5, f"no AWS credentials from {method} within 1 seconds")
+    doctor = attestor(enclave, "doctor", "--timeout", "1", environment={**BARE, **inside})
+    assert doctor.status == 5
+    assert f"no AWS credentials from {method} within".encode() in b" ".join(doctor.out.split())
 
 
 def test_a_metadata_service_that_is_not_there(enclave: Enclave) -> None:

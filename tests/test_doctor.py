@@ -361,6 +361,9 @@ class Recipient:
     def wait_for_module(self, _: Deadline) -> None:
         """It answers."""
 
+    def wait_for_document(self, _: Deadline) -> None:
+        """It signs one."""
+
     def document(self) -> bytes:
         """What it signs."""
         return self._document
