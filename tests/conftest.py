@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import botocore.session
 import pytest
@@ -52,6 +53,9 @@ class Run:
         return line.removeprefix("attestor: error: ")
 
 
+_CLIENTS: Final[WeakKeyDictionary[World, Any]] = WeakKeyDictionary()
+
+
 class Enclave:
     """A simulated enclave and KMS, and an operator who encrypts for it."""
 
@@ -60,19 +64,21 @@ class Enclave:
         self.folder = folder
         self.environment = world.environment(os.environ) | {"PYTHONPATH": str(ROOT)}
 
-    @functools.cached_property
+    @property
     def kms(self) -> Any:
-        """A plain client of the KMS, as the operator has it."""
-        credentials = self.world.kms.credentials
-        return OPERATOR.create_client(
-            "kms",
-            region_name=self.world.kms.region,
-            endpoint_url=self.environment["AWS_ENDPOINT_URL_KMS"],
-            verify=self.environment["AWS_CA_BUNDLE"],
-            aws_access_key_id=credentials.access_key,
-            aws_secret_access_key=credentials.secret_key,
-            aws_session_token=credentials.token,
-        )
+        """A plain client of the KMS, as the operator has it: one for all tests in this world."""
+        if self.world not in _CLIENTS:
+            credentials = self.world.kms.credentials
+            _CLIENTS[self.world] = OPERATOR.create_client(
+                "kms",
+                region_name=self.world.kms.region,
+                endpoint_url=self.environment["AWS_ENDPOINT_URL_KMS"],
+                verify=self.environment["AWS_CA_BUNDLE"],
+                aws_access_key_id=credentials.access_key,
+                aws_secret_access_key=credentials.secret_key,
+                aws_session_token=credentials.token,
+            )
+        return _CLIENTS[self.world]
 
     def encrypt(self, plaintext: bytes = b"the secret", **context: str) -> bytes:
         """A ciphertext under alias/nitrosim."""
