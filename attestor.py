@@ -727,20 +727,20 @@ class Kms:
     def call(self, operation: str, **parameters: object) -> dict[str, Any]:
         """Call an operation ("decrypt") of the attested client; raises only errors of ours."""
         recipient = process_recipient()  # first: its key is made while the SDK is imported
-        import botocore.config
-        import botocore.session
+
+        from attestor_io import sdk_data
 
         recipient.wait_for_module(self.deadline)
-        session = botocore.session.Session()
+        session = sdk_data.new_session()
         client = attested(self.ready_client(session))
         recipient.wait_for_document(self.deadline)
         return self._call(session, client, operation, parameters)
 
     def call_unattested(self, operation: str, **parameters: object) -> dict[str, Any]:
         """The same without a Recipient, for an operation that has none."""
-        import botocore.session
+        from attestor_io import sdk_data
 
-        session = botocore.session.Session()
+        session = sdk_data.new_session()
         return self._call(session, self.ready_client(session), operation, parameters)
 
     def _call(
@@ -753,7 +753,7 @@ class Kms:
         return answer
 
     def ready_client(self, session: Any, connections: int = 10) -> Any:
-        """A client of a new botocore session that has credentials; not yet attested."""
+        """A client of a new session that has credentials; not yet attested."""
 
         def make() -> Any:
             self.prepare(session)
@@ -765,13 +765,12 @@ class Kms:
         return self.deadline.call(make, lambda: credentials.not_in_time(session))
 
     def prepare(self, session: Any) -> None:
-        """Let a new session load its data, find its credentials and connect in our way.
+        """Let a new session find its credentials and connect in our way.
 
         Raises InputError and RefusedError for a configuration that the SDK cannot use.
         """
-        from attestor_io import connections, credentials, sdk_data
+        from attestor_io import connections, credentials
 
-        sdk_data.confine(session)
         session.set_config_variable("region", self.region)  # of STS, too
         connections.govern_session(session, self.host_vsock, self.deadline)
         with _configuration_errors_translated():

@@ -245,10 +245,10 @@ def _entropy(case: Case) -> Finding:
 
 def _credentials(case: Case) -> Finding:
     """They are there, and do not expire soon; whether KMS takes them, only KMS can tell."""
-    import botocore.session
+    from attestor_io.sdk_data import new_session
 
     kms = case.kms or attestor.Kms.connect(None, **{**case.connection, "region": _ANY_REGION})
-    case.session = botocore.session.Session()
+    case.session = new_session()
     late = partial(credential_sources.not_in_time, case.session)
     case.deadline.call(lambda: _find_credentials(kms, case.session), late)
     credentials = case.session.get_credentials()
@@ -270,9 +270,9 @@ def _endpoint(case: Case) -> Finding:
     if case.kms is None:
         raise Skipped("needs the check region")
     if "credentials" in case.failed:
-        import botocore.session
+        from attestor_io.sdk_data import new_session
 
-        case.session = botocore.session.Session()
+        case.session = new_session()
         case.kms.prepare(case.session)
         case.session.set_credentials("none", "none")
     case.client = case.kms.client(case.session)

@@ -12,7 +12,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import botocore.session
 from botocore import xform_name
 from botocore.config import Config
 from botocore.exceptions import ClientError
@@ -39,6 +38,7 @@ from attestor_io.deadline import Deadline
 from attestor_io.errors import AttestorError, NotAuthenticError, RefusedError, UnreachableError
 from attestor_io.kms_errors import UNSIGNED, cut, redacted
 from attestor_io.names import is_pinned, is_same_key
+from attestor_io.sdk_data import new_session
 from attestor_io.shortage import shortage
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Upstream:
 
     def _connect(self) -> _Connected:
         """A session that has credentials, and a client of it; raises an AttestorError."""
-        session: Any = botocore.session.Session()
+        session = new_session()
         self._kms.prepare(session)
         check_credentials(session)
         session.set_default_client_config(Config(retries={"total_max_attempts": 1}))

@@ -150,7 +150,6 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _warm(*, vsock_to_tcp: bool) -> None:
     """Import what a run imports, and make the key pair: what each run would do over again."""
-    import botocore.session
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     import attestor
@@ -162,8 +161,7 @@ def _warm(*, vsock_to_tcp: bool) -> None:
         importlib.import_module(module)
     for name in attestor.FURTHER_COMMANDS.values():
         attestor.load(name, name)
-    session = botocore.session.Session()
-    sdk_data.confine(session)
+    session = sdk_data.new_session()
     session.set_credentials("none", "none")
     session.create_client("kms", region_name="eu-west-1")
     key = rsa.generate_private_key(65537, 2048)

@@ -142,10 +142,10 @@ class _Injector:
         self._manifest, self._region = manifest, kms.region
         self._placement = placement
         recipient = process_recipient()
-        import botocore.session
+        from attestor_io.sdk_data import new_session
 
         recipient.wait_for_module(kms.deadline)
-        self._session = botocore.session.Session()
+        self._session = new_session()
         self._client = attested(kms.ready_client(self._session, connections=manifest.concurrency))
         recipient.wait_for_document(kms.deadline)
         self._sources = Sources(
