@@ -139,9 +139,10 @@ class Enclave:
 
         With `vsock_to_tcp`, the ports of vsock's CID 3 are TCP ports of this host.
         """
-        if os.environ.get("ATTESTOR_WHOLE_PROCESSES"):
+        preloaded = self.environment.get("LD_PRELOAD")  # not where the device is the kernel's own
+        if os.environ.get("ATTESTOR_WHOLE_PROCESSES") or not preloaded:
             return None
-        server = _fork_server(self.environment["LD_PRELOAD"], vsock_to_tcp=vsock_to_tcp)
+        server = _fork_server(preloaded, vsock_to_tcp=vsock_to_tcp)
         return server.run(arguments, self._inside(environment), self.folder, stdin or b"")
 
     def _inside(self, environment: Mapping[str, str | None] | None) -> dict[str, str]:
