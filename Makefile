@@ -31,8 +31,9 @@ demo: $(DEMO_READY) transport
 	@echo 'to have attestor and nitrosim on the PATH of this shell:'
 	@echo '    export PATH="$(abspath $(BIN)):$$PATH"'
 
+# three workers on two cores: some tests wait for a deadline to pass
 test: $(READY) transport
-	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 3 $(PYTEST_FLAGS)
 
 coverage: $(READY) transport
 	$(BIN)/coverage erase
