@@ -310,8 +310,8 @@ def _name(case: Case) -> Finding:
 
 def _host_of(proxy: str) -> tuple[str, int]:
     """Host and port of a proxy's URL; raises InputError, as decrypt does."""
-    url = urlsplit(proxy)
     with contextlib.suppress(ValueError):
+        url = urlsplit(proxy)
         return url.hostname or "", url.port or 80
     raise errors.InputError("KMS cannot be called: the proxy of HTTPS_PROXY is no URL")
 

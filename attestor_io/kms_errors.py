@@ -118,8 +118,9 @@ def _translate_connection(error: Any, service: str) -> AttestorError:
     from botocore.exceptions import SSLError
     from urllib3.exceptions import LocationParseError
 
-    if any(isinstance(cause, LocationParseError) for cause in causes(error)):
-        # of a proxy: whatever else is asked was a URL before. Its text may end in a password
+    # of a proxy: whatever else is asked was a URL before. Its text may end in a password
+    unsplit = "Invalid IPv6 URL" in str(error.kwargs.get("error"))  # urllib.parse's ValueError
+    if unsplit or any(isinstance(one, LocationParseError) for one in causes(error)):
         return InputError(f"{service} cannot be called: the proxy of HTTPS_PROXY is no URL")
     if fault := fault_on_the_way(error, service):
         return fault

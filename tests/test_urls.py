@@ -162,6 +162,8 @@ def test_an_endpoint_that_is_refused(rest: str, monkeypatch: pytest.MonkeyPatch)
         ("HTTPS_PROXY", f"http://me:{HIDDEN}@127.0.0.1:1"),
         ("HTTPS_PROXY", f"http://me:{HIDDEN}/x@127.0.0.1:1"),
         ("HTTPS_PROXY", f"http://{HIDDEN}:x/y@127.0.0.1:1"),
+        ("HTTPS_PROXY", f"http://[{HIDDEN}"),
+        ("HTTPS_PROXY", f"http://me:{HIDDEN}@h:99999"),
     ],
 )
 def test_a_url_of_the_environment(enclave: Enclave, variable: str, url: str) -> None:
