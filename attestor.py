@@ -727,7 +727,6 @@ class Kms:
     def call(self, operation: str, **parameters: object) -> dict[str, Any]:
         """Call an operation ("decrypt") of the attested client; raises only errors of ours."""
         recipient = process_recipient()  # first: its key is made while the SDK is imported
-
         from attestor_io import sdk_data
 
         recipient.wait_for_module(self.deadline)

@@ -22,7 +22,6 @@ from tests.forked import PATIENCE
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
     from typing import Self
 
     from tests.conftest import Enclave
@@ -72,12 +71,7 @@ class Served:
         self.url = said[1]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
     def end(self, number: int = signal.SIGTERM) -> Run:
