@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import selectors
 import socket
@@ -121,6 +122,8 @@ class Server:
 
     def run(self, listeners: list[Listener]) -> NoReturn:
         """Serve until a signal ends the process."""
+        gc.freeze()  # what is loaded stays
+        gc.enable()  # unlike a short command: calls that fail leave cycles
         with selectors.DefaultSelector() as selector:
             for listener in listeners:
                 listener.socket.setblocking(False)

@@ -15,6 +15,7 @@ its children.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import statistics
@@ -58,8 +59,7 @@ def main() -> None:
     """Print the figures."""
     if "NITROSIM_NSM_SOCKET" not in os.environ:
         run_inside()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("plain.py").write_text(PLAIN, encoding="utf-8")
         subprocess.run([sys.executable, "-c", ENCRYPT], check=True)
         compare("attestor decrypt / plain boto3 script", ATTESTOR, [sys.executable, "plain.py"])

@@ -7,6 +7,7 @@ them, so that starting up cancels out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -50,8 +51,7 @@ ATTESTOR: Final = str(Path(sys.executable).parent / "attestor")
 
 def main(measure: Measure) -> None:
     """Print the figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         encrypt = [sys.executable, "-c", ENCRYPT, str(MANY)]
         arn = subprocess.run(encrypt, check=True, capture_output=True, text=True).stdout.strip()
         for count in (FEW, MANY):
