@@ -58,8 +58,9 @@ SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/eif_judge/build t
 	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
 
+# BENCH_FLAGS='--before REVISION' compares decrypt with that of another commit
 bench: $(READY) transport
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench $(BENCH_FLAGS)
 
 # CHAOS_FLAGS=--short is the part of it that .ci/run runs; a violation names the flags that repeat it alone
 chaos: $(READY) transport

@@ -6,6 +6,8 @@ pairs alternate, only ratios count.
 
 `attestor eif describe` of a large image against sha384sum, see bench_eif.
 
+`--before REVISION` compares `decrypt` and `--version` with those of that commit, and nothing else.
+
 `nsm.document.verify` of one document against a loop that does no more than check the same five
 signatures.
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -50,9 +53,10 @@ blob = open("blob", "rb").read()
 plaintext = boto3.client("kms").decrypt(CiphertextBlob=blob)["Plaintext"]
 open("plain", "wb").write(plaintext)
 """
+ROOT: Final = Path(__file__).parent.parent
 BIN: Final = Path(sys.executable).parent
 ATTESTOR: Final = (str(BIN / "attestor"), "decrypt", "--any-key", "-f", "blob", "out")
-LIBRARY: Final = Path(__file__).parent.parent / "nsm" / "libnsm.so"
+LIBRARY: Final = ROOT / "nsm" / "libnsm.so"
 
 
 def main() -> None:
@@ -62,6 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("plain.py").write_text(PLAIN, encoding="utf-8")
         subprocess.run([sys.executable, "-c", ENCRYPT], check=True)
+        if sys.argv[1:2] == ["--before"]:
+            compare_with_revision(sys.argv[2])
+            return
         compare("attestor decrypt / plain boto3 script", ATTESTOR, [sys.executable, "plain.py"])
         if LIBRARY.exists():
             direct = dict(os.environ, PYTHONPATH=folder)
@@ -75,6 +82,31 @@ def main() -> None:
         bench_inject.main(measure)
         bench_serve.main()
     compare_verification()  # last: what it imports is not light
+
+
+def compare_with_revision(revision: str) -> None:
+    """The commands of this tree against those of a commit."""
+    git = ["git", "-C", str(ROOT), "worktree"]
+    tree = Path("before").absolute()
+    subprocess.run([*git, "add", "--quiet", "--detach", str(tree), revision], check=True)
+    try:
+        if LIBRARY.exists():
+            shutil.copy(LIBRARY, tree / "nsm")
+        for arguments in (ATTESTOR[1:], ["--version"]):
+            compare(
+                f"attestor {arguments[0]}, now / at {revision}",
+                started(ROOT, arguments),
+                started(tree, arguments),
+            )
+    finally:
+        subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+def started(tree: Path, arguments: Sequence[str]) -> list[str]:
+    """A command of the sources in that folder."""
+    script = tree / "bin" / "attestor"
+    run = [str(script)] if script.exists() else ["-c", "import attestor; attestor.main()"]
+    return ["/usr/bin/env", f"PYTHONPATH={tree}", sys.executable, *run, *arguments]
 
 
 def compare_verification() -> None:
@@ -136,7 +168,16 @@ def run_inside() -> NoReturn:
     os.write(writer, OPEN_POLICY.encode())
     os.close(writer)
     os.dup2(reader, 0)
-    nitrosim = ["nitrosim", "run", "--key-policy", "-", "--", sys.executable, __file__]
+    nitrosim = [
+        "nitrosim",
+        "run",
+        "--key-policy",
+        "-",
+        "--",
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+    ]
     os.execv(BIN / "nitrosim", nitrosim)  # noqa: S606 - no shell is the point
 
 
