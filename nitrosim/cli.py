@@ -71,7 +71,7 @@ _WORLD_OPTIONS: Final = (
         "pcrs",
         metavar="N=HEX",
         multiple=True,
-        help="a PCR of the enclave, repeatable",
+        help="a PCR of the enclave, repeatable; 0 is short for 48 zero bytes",
     ),
     click.option(
         "--debug-mode",
@@ -89,7 +89,7 @@ _WORLD_OPTIONS: Final = (
         "tpm_pcrs",
         metavar="N=HEX",
         multiple=True,
-        help="a PCR of the NitroTPM, repeatable",
+        help="a PCR of the NitroTPM, repeatable; 0 as above",
     ),
     click.option(
         "--key-policy",
@@ -299,10 +299,17 @@ def _world(
 
 
 def _pcr(text: str, option: str) -> tuple[int, bytes]:
+    """Read N=HEX; the value "0" is that of a PCR into which nothing was extended.
+
+    Half a byte is no hexadecimal text otherwise, so that "0" stands for nothing else. The banks of
+    an enclave and of a NitroTPM are both of SHA-384.
+    """
+    from nitrosim.module import ZERO_PCR
+
     number, equals, value = text.partition("=")
     if not (number.isascii() and number.isdigit() and equals):
         raise ValueError(f"{option} wants N=HEX, got {text}")
-    return int(number), bytes.fromhex(value)
+    return int(number), ZERO_PCR if value == "0" else bytes.fromhex(value)
 
 
 def _tag(text: str) -> tuple[str, str]:

@@ -83,6 +83,31 @@ def test_a_policy_and_an_enclave_that_fit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+ATTESTED_PCRS: Final = """
+import nsm
+from nsm.document import AttestationDocument
+with nsm.Nsm() as module:
+    found = AttestationDocument.parse(module.attest())
+print(*sorted(index for index, value in (found.pcrs or found.nitrotpm_pcrs).items() if any(value)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ("", "0 1 2 3 4 8"),
+        ("--pcr 3=0 --pcr 8=0", "0 1 2 4"),
+        ("--pcr 3=0 --pcr 4=" + "0" * 96, "0 1 2 8"),
+        ("--nitrotpm", "0 1 2 3 4 5 6 7 11 17 18 19 20 21 22"),
+        ("--nitrotpm --tpm-pcr 7=0 --tpm-pcr 11=0", "0 1 2 3 4 5 6 17 18 19 20 21 22"),
+    ],
+)
+def test_zeros_have_a_short_form(tmp_path: Path, options: str, left: str) -> None:
+    command = (sys.executable, "-c", ATTESTED_PCRS)
+    done = nitrosim(tmp_path, "run", *options.split(), "--", *command)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{left}\n", "")
+
+
 @pytest.mark.parametrize(
     ("script", "status"), [("exit 0", 0), ("exit 42", 42), ("kill -TERM $$", 143)]
 )
@@ -101,6 +126,8 @@ def test_a_command_that_is_not_there_or_no_program(tmp_path: Path) -> None:
     [
         (["--pcr", "0"], "N=HEX"),
         (["--pcr", "0=zz"], "hex"),
+        (["--pcr", "0=000"], "hex"),
+        (["--pcr", "32=0"], "the last is 31"),
         (["--pcr", "0=00"], ""),
         (["--pcr", f"99={'00' * 48}"], ""),
         (["--fault", "frobnicate"], "frobnicate"),
