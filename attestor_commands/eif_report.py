@@ -8,7 +8,7 @@ from attestor_commands.evidence_report import pcr_lines
 from attestor_commands.report import Object, field
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from cryptography import x509
@@ -104,6 +104,15 @@ def image_text(image: Image) -> str:
         *pcr_lines({str(index): image.pcrs[index].hex() for index in sorted(image.pcrs)}),
     ]
     return "\n".join([*lines, *_signature_lines(image), *_section_lines(image), *_told(image)])
+
+
+def images_text(images: Sequence[tuple[str, Image]]) -> str:
+    """Make one report on images by the names of their files, which are shown where several are."""
+    if len(images) == 1:
+        return image_text(images[0][1])
+    return "\n\n".join(
+        "\n".join([*field("file", name), image_text(image)]) for name, image in images
+    )
 
 
 def _signature_lines(image: Image) -> list[str]:

@@ -11,6 +11,7 @@ import click
 
 from attestor_io.errors import InputError, NotAuthenticError
 from attestor_io.reading import read_bounded
+from attestor_io.text_options import FileName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,7 @@ JSON_OPTION: Final = click.option(
 BASE64_OPTION: Final = click.option(
     "--base64", "in_base64", is_flag=True, help="show PCRs in base64, as CloudTrail does"
 )
+FILES_ARGUMENT: Final = click.argument("file", nargs=-1, required=True, type=FileName())
 FORCE_OPTION: Final = click.option("-f", "--force", is_flag=True, help="replace what exists")
 PCR_OPTION: Final = click.option(
     "--pcr",

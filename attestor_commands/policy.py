@@ -9,6 +9,7 @@ import click
 from attestor import say
 from attestor_commands.inputs import (
     EIFS_OPTION,
+    FILES_ARGUMENT,
     JSON_OPTION,
     NITROTPM_PCR_OPTION,
     PCR_OPTION,
@@ -232,28 +233,34 @@ def _verified_at_its_time(path: str, root: str | None, *, allow_debug: bool) -> 
 
 
 @policy.command()
-@click.argument("file")
+@FILES_ARGUMENT
 @JSON_OPTION
-def check(file: str, as_json: bool) -> int:
+def check(file: tuple[str, ...], as_json: bool) -> int:
     """Find what makes a key policy open or useless; nothing found prints nothing.
 
     \b
-    Example:
+    Examples:
       aws kms get-key-policy --key-id KEY --query Policy --output text | attestor policy check -
+      attestor policy check policies/*.json
 
     FILE is the policy in JSON; "-" reads standard input. The policy is read as that of a key for
-    attested enclaves only. A warning is printed, too, but is no fault. Exit status: 0 no fault, 4
-    faults.
+    attested enclaves only. A warning is printed, too, but is no fault. Of several FILEs each
+    finding names its own, and nothing is printed unless all of them are policies. Exit status: 0 no
+    fault, 4 faults.
     """
     import keypolicy
     from attestor_commands import policy_report
 
     with evidence_errors():
-        findings = keypolicy.check(_read_policy(file))
-    print_report(
-        policy_report.findings_object(findings), policy_report.findings_text, as_json=as_json
-    )
-    faults = [found for found in findings if not found.warning]
+        policies = [_read_policy(name) for name in file]
+        found = [keypolicy.check(policy) for policy in policies]
+    for name, findings in zip(file, found, strict=True):
+        print_report(
+            policy_report.findings_object(findings, name if len(file) > 1 else None),
+            policy_report.findings_text,
+            as_json=as_json,
+        )
+    faults = [finding for findings in found for finding in findings if not finding.warning]
     return RefusedError.status if faults else 0
 
 

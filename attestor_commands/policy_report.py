@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from nsm.document import VerifiedDocument
 
 
-def findings_object(findings: Sequence[Finding]) -> Object:
-    """What `policy check` found."""
-    return {
+def findings_object(findings: Sequence[Finding], file: str | None = None) -> Object:
+    """What `policy check` found, with the name of the file where there are several."""
+    return ({"file": file} if file is not None else {}) | {
         "findings": [
             {
                 "statement": found.statement,
@@ -38,9 +38,10 @@ def findings_object(findings: Sequence[Finding]) -> Object:
 def findings_text(report: Object) -> str:
     """Two lines or more for each finding."""
     lines = []
+    where = f"{report['file']}: " if "file" in report else ""
     for found in report["findings"]:
         warning = "warning: " if found["severity"] == "warning" else ""
-        text = f"{found['statement']}: {warning}{found['problem']} [{found['code']}]"
+        text = f"{where}{found['statement']}: {warning}{found['problem']} [{found['code']}]"
         lines += wrapped(text, "", hanging="    ")
         lines += wrapped(f"fix: {found['fix']}", "    ")
     return "\n".join(lines)

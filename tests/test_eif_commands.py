@@ -197,6 +197,19 @@ def test_describe_for_people(folder: Path) -> None:
     assert plain.endswith("metadata        none\n")
 
 
+def test_describe_of_several_names_them(folder: Path) -> None:
+    lone = {name: report(command("eif", "describe", name)) for name in ("app.eif", "signed.eif")}
+    text = report(command("eif", "describe", *lone))
+    parts = [f"file            {name}\n{shown}" for name, shown in lone.items()]
+    assert text == "\n".join(parts)
+    shown = command("eif", "describe", "--json", *lone).out
+    assert shown == b"".join(command("eif", "describe", "--json", name).out for name in lone)
+    (folder / "bad.eif").write_bytes(PLAIN[:-1])
+    run = command("eif", "describe", "app.eif", "bad.eif")
+    refused(run, 6, "bad.eif refused: it ends after ")
+    assert run.out == b""
+
+
 def test_describe_from_standard_input_and_of_what_is_not_there(enclave: Enclave) -> None:
     run = enclave.attestor("eif", "describe", "--json", "-", stdin=PLAIN)
     assert json.loads(run.out)["Measurements"]["PCR0"] == loaded(PLAIN).pcrs[0].hex()

@@ -15,13 +15,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from attestor_commands.report import WIDTH
 from keypolicy import NOT_EVALUATED, pcr_of_certificate, pcr_of_instance, pcr_of_role
 from nitrosim.module import DEFAULT_MODULE_ID, DEFAULT_PCRS
+from tests.conftest import Run
 from tests.test_evidence import command, refused, report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.conftest import Enclave, Run
+    from tests.conftest import Enclave
 
 ACCOUNT: Final = "111122223333"
 ROLE: Final = f"arn:aws:iam::{ACCOUNT}:role/nitrosim-enclave"
@@ -329,6 +330,45 @@ def test_the_json_of_check(tmp_path: Path) -> None:
     assert finding["severity"] == "error"
     run = command("policy", "check", "--json", place(tmp_path, policy_of(attested())))
     assert (run.status, json.loads(run.out)) == (0, {"findings": []})
+
+
+def test_several_policies_are_checked_and_named(tmp_path: Path) -> None:
+    good = place(tmp_path, policy_of(attested()), "good.json")
+    zeros = place(tmp_path, policy_of(attested("0" * 96)), "zeros.json")
+    parent = policy_of(attested(), attested(Action="kms:Encrypt", Condition={}))
+    warned = place(tmp_path, parent, "warned\x1b[2J.json")
+    assert command("policy", "check", good, good) == Run(0, b"", "")
+    run = command("policy", "check", good, zeros, warned)
+    assert (run.status, run.err) == (4, "")
+    text = " ".join(run.out.decode().split())
+    assert text.startswith(f"{zeros}: statement 2: ")
+    assert f"{tmp_path}/warned?[2J.json: statement 3: warning: allows kms:Encrypt" in text
+    assert good not in text
+    assert command("policy", "check", good, warned).status == 0
+    run = command("policy", "check", "--json", good, zeros)
+    assert run.status == 4
+    objects = list(objects_in(run.out.decode()))
+    assert [found["file"] for found in objects] == [good, zeros]
+    assert objects[0]["findings"] == []
+    assert objects[1]["findings"]
+
+
+def objects_in(text: str) -> Iterator[Json]:
+    """JSON objects that stand one after the other, as jq reads them."""
+    while text:
+        found, end = json.JSONDecoder().raw_decode(text)
+        text = text[end:].lstrip()
+        yield found
+
+
+def test_one_of_several_that_is_no_policy_is_named(tmp_path: Path) -> None:
+    zeros = place(tmp_path, policy_of(attested("0" * 96)), "zeros.json")
+    text = str(tmp_path / "text.json")
+    (tmp_path / "text.json").write_text("text")
+    refused(command("policy", "check", zeros, text), 2, f"{text}: ")
+    refused(command("policy", "check", text, zeros), 2, f"{text}: ")
+    refused(command("policy", "check", zeros, ""), 2, "FILE is empty")
+    refused(command("policy", "check"), 2, "missing argument 'FILE...'")
 
 
 def test_a_warning_is_printed_and_is_no_fault(tmp_path: Path) -> None:
