@@ -9,13 +9,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench chaos libnsm image eif vm-test sdk-test lock clean
+.PHONY: help demo test coverage lint bench chaos libnsm image eif vm-test sdk-test terraform-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
 	@echo 'make test    run all tests'
 	@echo 'make coverage  the same, with branch coverage'
-	@echo 'make lint    ruff, mypy --strict, import-linter and, where it is installed, shellcheck'
+	@echo 'make lint    ruff, mypy --strict, import-linter and, where they are installed, shellcheck and terraform fmt'
 	@echo 'make bench   compare with a plain boto3 script'
 	@echo 'make chaos   let every file system call fail, and signals come beside each: half an hour (needs root or user namespaces)'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make eif     an enclave image file of it; EIF_FLAGS names a kernel (enclave/build-eif --help)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
 	@echo 'make sdk-test call attestor serve from SDKs for Go and JavaScript (needs go, node and npm)'
+	@echo 'make terraform-test validate enclave/terraform against the provider (needs tofu or terraform, and their registry)'
 	@echo 'make lock    renew requirements/ (needs uv)'
 	@echo 'make clean   remove what was built'
 
@@ -50,12 +51,14 @@ lint: $(READY)
 	cd $(IMPORTS) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(abspath pyproject.toml)
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck --external-sources $(SCRIPTS); \
 	else echo 'shellcheck is not installed: scripts are not checked'; fi
+	@for tool in tofu terraform; do ! command -v $$tool >/dev/null || { set -ex; $$tool fmt -check -diff enclave/terraform; break; }; done
 
 # import-linter reads packages alone: in this folder the script is one
 IMPORTS := .cache/imports
 
 SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/eif_judge/build tests/vm/run tests/vm/init tests/vm/program \
 	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
+	enclave/terraform/user-data.sh \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
 
 # BENCH_FLAGS='--before REVISION' compares decrypt with that of another commit
@@ -88,6 +91,13 @@ vm-test:
 
 sdk-test: $(READY) transport
 	$(BIN)/python -m pytest -m sdks
+
+# The provider is downloaded, some hundred MB
+terraform-test:
+	@command -v tofu || command -v terraform || { echo 'neither tofu nor terraform is installed' >&2; exit 1; }
+	set -x; tool=$$(command -v tofu || command -v terraform); export TF_DATA_DIR='$(CURDIR)/.cache/terraform'; \
+	$$tool -chdir=enclave/terraform fmt -check -diff && $$tool -chdir=enclave/terraform init -backend=false -input=false && \
+	$$tool -chdir=enclave/terraform validate
 
 # UPGRADE= keeps the versions that are locked already
 UPGRADE ?= --upgrade

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS_PAGE: Final = ROOT / "docs" / "commands.md"
 PAGES: Final = sorted(
-    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "enclave" / "README.md"]
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "enclave" / "README.md",
+        ROOT / "enclave" / "terraform" / "README.md",
+    ]
 )
 STEERING: Final = (
     "AWS_ENDPOINT_URL AWS_ENDPOINT_URL_KMS AWS_ENDPOINT_URL_S3 AWS_ENDPOINT_URL_STS "

@@ -1,0 +1,110 @@
+"""Check the key policies and enclave image files of a change, and say in its diff what is found.
+
+POLICIES and IMAGES hold a file name or pattern a line. Each finding of `attestor policy check`
+becomes an annotation of its file, and so does each refusal; the measurements of images go to the
+log. The files are those of somebody who proposes a change: nothing that is in them, or in their
+names, reaches the log as a command to the runner. Exit status: that of the first command that
+failed, 2 where a pattern matches nothing, or where nothing is asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = (sys.executable, "-I", "-m", "attestor")
+TIMEOUT = 300  # seconds for one file
+USAGE, LATE = 2, 5  # exit statuses as attestor has them
+WRONG = "attestor: error: "
+
+
+def main() -> int:
+    """Check what the environment names; the exit status."""
+    checks = {"POLICIES": check_policy, "IMAGES": describe_image}
+    lines = {name: os.environ.get(name, "").split("\n") for name in checks}
+    asked = [(name, line.strip()) for name in checks for line in lines[name] if line.strip()]
+    if not asked:
+        annotate("error", "", "neither `policies` nor `images` names a file")
+        return USAGE
+    statuses = []
+    for name, pattern in asked:
+        files = matching(pattern)
+        if not files:
+            annotate("error", "", f"nothing is called {pattern}")
+            statuses.append(USAGE)
+        statuses += [checks[name](file) for file in files]
+    return next((status for status in statuses if status), 0)
+
+
+def matching(pattern: str) -> list[str]:
+    """The files of a pattern, or the one that is called so."""
+    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+
+
+def check_policy(file: str) -> int:
+    """Annotate what `attestor policy check` finds in a file; its exit status."""
+    done = attestor("policy", "check", "--json", "--", file)
+    if not done.stdout:
+        return refused(file, done)
+    for found in json.loads(done.stdout)["findings"]:
+        text = f"{found['statement']}: {found['problem']} [{found['code']}]\nfix: {found['fix']}"
+        annotate(found["severity"], file, text)
+    print(f"{file!a}: {'no fault' if done.returncode == 0 else 'faults, see above'}")
+    return done.returncode
+
+
+def describe_image(file: str) -> int:
+    """Show what `attestor eif describe` measures in a file; its exit status."""
+    done = attestor("eif", "describe", "--", file)
+    if not done.stdout:
+        return refused(file, done)
+    end = secrets.token_hex(16)
+    print(f"::stop-commands::{end}\n{file!a}\n{done.stdout}::{end}::", flush=True)
+    return done.returncode
+
+
+def attestor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of attestor; one that takes too long ends as one that could be tried again."""
+    command = [*PROGRAM, *arguments]
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, LATE, "", f"took more than {TIMEOUT} s")
+
+
+def refused(file: str, done: subprocess.CompletedProcess[str]) -> int:
+    """Annotate an error of attestor's with its hints, if there is one; the exit status."""
+    if done.returncode:
+        annotate("error", file, done.stderr.strip().removeprefix(WRONG))
+    return done.returncode
+
+
+def annotate(severity: str, file: str, text: str) -> None:
+    """Tell the runner to show a text beside a file, escaped as its toolkit does it."""
+    where = f"file={escaped(file, properties=True)}," if file else ""
+    print(f"::{severity} {where}title=attestor::{escaped(text)}", flush=True)
+
+
+def escaped(text: str, *, properties: bool = False) -> str:
+    """A text as the data of a workflow command, or as the value of one of its properties."""
+    pairs = [("%", "%25"), ("\r", "%0D"), ("\n", "%0A")]
+    for plain, code in [*pairs, *([(":", "%3A"), (",", "%2C")] if properties else [])]:
+        text = text.replace(plain, code)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
