@@ -10,6 +10,28 @@ fail() {
     exit 2
 }
 
+# The architecture of what is made: $arch as Debian names it, this machine's own where nothing is said.
+choose_arch() {
+    local machine
+    arch=${arch:-$(native_arch)}
+    case $arch in
+        amd64) machine=x86_64 ;;
+        arm64) machine=aarch64 ;;
+        *) fail "images are for amd64 or arm64, not for $arch" ;;
+    esac
+    # F: the kernel has the emulator open already, so that it need not be in the root that is made
+    [[ $arch == "$(native_arch)" ]] || grep -qs '^flags:.*F' "/proc/sys/fs/binfmt_misc/qemu-$machine" ||
+        fail "programs for $arch do not run here (on Debian: apt-get install qemu-user-static binfmt-support)"
+}
+
+native_arch() {
+    case $(uname -m) in
+        x86_64) echo amd64 ;;
+        aarch64) echo arm64 ;;
+        *) uname -m ;;
+    esac
+}
+
 need_tools() {
     local tool missing=()
     for tool in buildah debootstrap; do
@@ -17,6 +39,7 @@ need_tools() {
     done
     ((${#missing[@]} == 0)) || fail "missing: ${missing[*]} (on Debian: apt-get install ${missing[*]})"
     ((EUID == 0)) || fail "buildah's chroot isolation and debootstrap want root: run this with sudo"
+    choose_arch
     mkdir -p "$cache"
     choose_driver
 }
@@ -44,11 +67,12 @@ make_base() { # NAME [URL]
     echo "making the base with debootstrap: some minutes, see $cache/debootstrap.log" >&2
     local tree
     tree=$(mktemp -d "$cache/base.XXXXXX")
-    debootstrap --force-check-gpg --variant=minbase trixie "$tree" "${@:2}" >"$cache/debootstrap.log" 2>&1 ||
+    debootstrap --arch="$arch" --force-check-gpg --variant=minbase trixie "$tree" "${@:2}" >"$cache/debootstrap.log" 2>&1 ||
         fail "debootstrap failed (without Debian's keys? package debian-archive-keyring): see $cache/debootstrap.log"
     rm -rf "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/*
     local container
     container=$(buildah from scratch)
+    buildah config --arch "$arch" "$container"
     buildah add --quiet "$container" "$tree" / >/dev/null
     buildah commit --quiet --rm "$container" "$1" >/dev/null
     rm -rf "$tree"
@@ -60,7 +84,7 @@ build() { # TAG ARGUMENT...
     shift
     [[ ! -e $ca ]] || secret=(--secret "id=ca,src=$ca")
     echo "building $tag: minutes the first time, see $cache/$tag.log" >&2
-    buildah bud --isolation chroot --layers --timestamp 0 "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
+    buildah bud --arch "$arch" --isolation chroot --layers --timestamp 0 "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
         tail -n 30 "$cache/$tag.log" >&2
         fail "image $tag cannot be built: see $cache/$tag.log"
     }
