@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+RELEASE := .cache/release/bin
+RELEASE_READY := .cache/release/.ready
 ROOMS := attestor_commands attestor_eif attestor_io keypolicy nitrosim nsm
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench chaos libnsm image eif vm-test sdk-test terraform-test lock clean
+.PHONY: help demo test coverage lint bench chaos libnsm wheels wheels-test sbom sbom-tools audit image eif vm-test sdk-test \
+	terraform-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -19,7 +22,11 @@ help:
 	@echo 'make bench   compare with a plain boto3 script'
 	@echo 'make chaos   let every file system call fail, and signals come beside each: half an hour (needs root or user namespaces)'
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
+	@echo 'make wheels  what a release consists of, in dist/ (needs Rust with four targets; release/build-wheels --help)'
+	@echo 'make wheels-test  try them: this machine, musl under its own loader (needs musl-tools)'
+	@echo 'make audit   look up the locked packages among the known vulnerabilities'
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
+	@echo 'make sbom    the bill of materials of that image, in dist/'
 	@echo 'make eif     an enclave image file of it; EIF_FLAGS names a kernel (enclave/build-eif --help)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
 	@echo 'make sdk-test call attestor serve from SDKs for Go and JavaScript (needs go, node and npm)'
@@ -56,7 +63,7 @@ lint: $(READY)
 # import-linter reads packages alone: in this folder the script is one
 IMPORTS := .cache/imports
 
-SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm tests/eif_judge/build tests/vm/run tests/vm/init tests/vm/program \
+SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm release/build-wheels tests/eif_judge/build tests/vm/run tests/vm/init tests/vm/program \
 	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
 	enclave/terraform/user-data.sh \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
@@ -78,6 +85,24 @@ transport: $(DEMO_READY)
 
 libnsm:
 	patches/build-libnsm
+
+# WHEELS_FLAGS=--twice is what shows that the bytes are the same
+wheels: $(RELEASE_READY)
+	PATH="$(abspath $(RELEASE)):$$PATH" release/build-wheels $(WHEELS_FLAGS)
+
+wheels-test: $(READY)
+	$(BIN)/python -m pytest -m wheels
+
+audit: $(RELEASE_READY)
+	for lock in requirements/*.txt; do $(RELEASE)/pip-audit --strict --require-hashes --disable-pip --requirement "$$lock" || exit; done
+
+# IMAGE names another one than this machine's: attestor-enclave-arm64
+IMAGE := attestor-enclave
+sbom-tools: $(RELEASE_READY)
+sbom: $(RELEASE_READY)
+	@test -e .cache/image/$(IMAGE).tar || { echo 'there is no image $(IMAGE): make image' >&2; exit 1; }
+	mkdir -p dist
+	SOURCE_DATE_EPOCH=0 $(RELEASE)/python -m release.sbom image .cache/image/$(IMAGE).tar >dist/$(IMAGE).cdx.json
 
 # Debian, root, buildah and debootstrap; the virtual machine wants qemu as well. Both say what is missing.
 image:
@@ -102,7 +127,7 @@ terraform-test:
 # UPGRADE= keeps the versions that are locked already
 UPGRADE ?= --upgrade
 lock:
-	@for lock in run: build:build esdk:esdk serve:serve sim:sim dev:build,sim,esdk,serve,dev; do \
+	@for lock in run: build:build esdk:esdk serve:serve sim:sim dev:build,sim,esdk,serve,dev release:release; do \
 		set -- "$${lock%%:*}" $$(echo "$${lock#*:}" | tr ',' ' '); name=$$1; shift; \
 		uv pip compile pyproject.toml $$(for extra; do echo "--extra $$extra"; done) --universal \
 			--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links $(UPGRADE) \
@@ -126,6 +151,13 @@ $(DEMO_READY): requirements/sim.txt requirements/build.txt pyproject.toml
 $(READY): requirements/dev.txt $(DEMO_READY)
 	@echo 'installing what tests and lint need (requirements/dev.txt): a minute at most, once'
 	@$(INSTALL) --require-hashes -r requirements/dev.txt
+	@touch $@
+
+# What builds a release: 400 MB, zig and its C libraries for the most part, so that no developer has to have it
+$(RELEASE_READY): requirements/release.txt
+	@echo 'setting up .cache/release (requirements/release.txt): a minute, once'
+	@"$(PYTHON)" -m venv --clear .cache/release
+	@$(RELEASE)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/release.txt
 	@touch $@
 
 clean:

@@ -1,9 +1,13 @@
-"""A build hook: the types of attestor.py go into the wheel, which is for this platform alone where
+"""A build hook: the types of attestor.py go into the wheel, which is for one platform alone where
 it carries nsm/libnsm.so.
+
+release/build-wheels says by two variables what it has checked: ATTESTOR_WHEEL_PLATFORM, the
+platform tag, and ATTESTOR_WHEEL_SBOM, the library's bill of materials (PEP 770).
 """
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -26,6 +30,13 @@ class WheelTag(BuildHookInterface):  # type: ignore[type-arg]  # generic only fo
         self._stubs.flush()
         build_data["force_include"][self._stubs.name] = "attestor-stubs/__init__.pyi"
         if version == "standard" and Path(self.root, "nsm", "libnsm.so").exists():
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{platform}"
+            build_data["tag"] = f"py3-none-{_platform()}"
+            if sbom := os.environ.get("ATTESTOR_WHEEL_SBOM"):
+                build_data["sbom_files"].append(sbom)
+
+
+def _platform() -> str:
+    """The tag that was checked, or this machine's own, which no package index takes."""
+    own = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return os.environ.get("ATTESTOR_WHEEL_PLATFORM") or own
