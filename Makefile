@@ -11,8 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 CC ?= cc
 
-.PHONY: help demo test coverage lint bench chaos libnsm wheels wheels-test sbom sbom-tools audit image eif vm-test sdk-test \
-	terraform-test lock clean
+.PHONY: help demo test coverage lint bench chaos libnsm wheels wheels-test foreign-test sbom sbom-tools audit image eif \
+	vm-test sdk-test terraform-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -24,6 +24,7 @@ help:
 	@echo 'make libnsm  build nsm/libnsm.so from the patched crate (needs cargo)'
 	@echo 'make wheels  what a release consists of, in dist/ (needs Rust with four targets; release/build-wheels --help)'
 	@echo 'make wheels-test  try them: this machine, musl under its own loader (needs musl-tools)'
+	@echo 'make foreign-test  try the wheel for arm64 under qemu-user (needs root, debootstrap, qemu-user-static, binfmt-support)'
 	@echo 'make audit   look up the locked packages among the known vulnerabilities'
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
 	@echo 'make sbom    the bill of materials of that image, in dist/'
@@ -63,7 +64,7 @@ lint: $(READY)
 # import-linter reads packages alone: in this folder the script is one
 IMPORTS := .cache/imports
 
-SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm release/build-wheels tests/eif_judge/build tests/vm/run tests/vm/init tests/vm/program \
+SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm release/build-wheels tests/eif_judge/build tests/foreign/run tests/vm/run tests/vm/init tests/vm/program \
 	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
 	enclave/terraform/user-data.sh \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
@@ -92,6 +93,10 @@ wheels: $(RELEASE_READY)
 
 wheels-test: $(READY)
 	$(BIN)/python -m pytest -m wheels
+
+# FOREIGN_FLAGS='--arch amd64' on an arm64 machine
+foreign-test:
+	tests/foreign/run $(FOREIGN_FLAGS)
 
 audit: $(RELEASE_READY)
 	for lock in requirements/*.txt; do $(RELEASE)/pip-audit --strict --require-hashes --disable-pip --requirement "$$lock" || exit; done
