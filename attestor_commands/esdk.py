@@ -69,8 +69,10 @@ def decrypt(
     region: str,
     signed: bool = False,
     minimum_version: int | None = None,
-) -> None:
+) -> str | None:
     """Decrypt a message and hand on its plaintext in pieces, authentic only when this returns.
+
+    Returns the version in its context, if there is one.
 
     The context of `bound` must be the message's, without the names that the AWS Encryption SDK
     reserves, as that of a CiphertextBlob must be its own: the parent chooses which form it serves.
@@ -80,8 +82,10 @@ def decrypt(
     for everything that is wrong with the message itself, RefusedError when KMS refuses.
     """
     minimum = None if VERSION in bound.context else minimum_version
-    for piece in _verified(message, _Materials(ask, bound, region, minimum, signed=signed)):
+    materials = _Materials(ask, bound, region, minimum, signed=signed)
+    for piece in _verified(message, materials):
         append(piece)
+    return materials.version
 
 
 def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[bytes]:
@@ -140,6 +144,7 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
     ) -> None:
         self._ask, self._bound, self._region, self._signed = ask, bound, region, signed
         self._minimum_version = minimum_version
+        self.version: str | None = None
 
     def get_encryption_materials(self, request: Any) -> Any:
         """Never called: this is for decryption."""
@@ -152,6 +157,7 @@ class _Materials(CryptoMaterialsManager):  # type: ignore[misc]  # the package h
         self._check_version(found)
         required = {name: value for name, value in self._bound.context.items() if name not in found}
         context = {**found, **required}
+        self.version = context.get(VERSION)
         return _DecryptionMaterials(
             verification_key=self._verification_key(request.algorithm, found),
             data_key=self._data_key(request, context, required),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from attestor_io import signals
 from attestor_io.errors import OutputError
 from attestor_io.secret_file import SecretFile, placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
     from types import TracebackType
     from typing import NoReturn, Self
+
+    from attestor_io.generation import Generation
+
+_T = TypeVar("_T")
 
 
 class Appendable(Protocol):
@@ -42,15 +46,34 @@ class Placement:
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._files: list[SecretFile] = []
+        self._generation: Generation | None = None
         self._lock = threading.Lock()
         self._left = False
 
+    def begin_generation(self, path: str, *, force: bool, keeps: bool) -> None:
+        """Have the files that are added with `in_generation` come into a new folder.
+
+        A link at this path leads to it once all are placed. With `keeps`, the folder that it led to
+        before stays for whoever is reading it. Raises OutputError.
+        """
+        from attestor_io.generation import Generation
+
+        generation = Generation(path, force=force, keeps=keeps)
+        self._generation = self._stack.enter_context(generation)
+
     def add(
-        self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
+        self,
+        path: str,
+        *,
+        force: bool,
+        mode: int = 0o600,
+        owner: tuple[int, int] = (-1, -1),
+        in_generation: bool = False,
     ) -> SecretFile:
         """One more file; raises OutputError if it cannot be written."""
-        file = self._stack.enter_context(SecretFile(path, force=force, mode=mode, owner=owner))
-        self._files.append(file)
+        inside = self._generation.folder if self._generation and in_generation else None
+        file = SecretFile(path, force=force, mode=mode, owner=owner, inside=inside)
+        self._files.append(self._stack.enter_context(file))
         return file
 
     def close_later(self, resource: Closable) -> None:
@@ -64,10 +87,27 @@ class Placement:
                 raise OutputError("the placement was given up")
             file.append(data)
 
-    def place(self) -> None:
-        """Give every file its name, or none; each must be sealed."""
-        with placed(self._files):
+    def place(self, only: Container[SecretFile] | None = None) -> None:
+        """Give every file its name, or each of `only` these, or none; each must be sealed.
+
+        A generation is placed whole.
+        """
+        with placed(self._in_order(only)):
             pass
+
+    def place_and_start(self, start: Callable[[], _T]) -> _T:
+        """Give every file its name, and call `start`; if that raises, all files are taken back.
+
+        What they replaced goes with the placement: nothing may fail once something was started.
+        """
+        with placed(self._in_order(), drops=False):
+            return start()
+
+    def _in_order(self, only: Container[SecretFile] | None = None) -> list[SecretFile]:
+        """The files in the order in which they get their names: the link comes last."""
+        if self._generation is not None:
+            return [*self._files, self._generation.link]
+        return [file for file in self._files if only is None or file in only]
 
     def place_and_become(self, execute: Callable[[], NoReturn]) -> NoReturn:
         """Give every file its name, and call `execute`, which ends in execve or raises.
@@ -75,8 +115,9 @@ class Placement:
         Nothing temporary is left behind execve. If it fails, or a signal has come before, all files
         are taken back.
         """
-        with placed(self._files):
-            replaced = [file for file in self._files if file.replaced]
+        files = self._in_order()
+        with placed(files):
+            replaced = [file for file in files if file.replaced]
             with _dropped_by_execve(replaced), signals.owner.handed_over():
                 execute()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -24,6 +23,7 @@ from attestor import (
     errors_translated,
     process_recipient,
 )
+from attestor_commands.failures import unexpected
 from attestor_commands.serve_wire import (
     CONTENT_TYPE,
     TARGET,
@@ -35,11 +35,10 @@ from attestor_commands.serve_wire import (
 )
 from attestor_io.background import IdleWorker
 from attestor_io.deadline import Deadline
-from attestor_io.errors import AttestorError, NotAuthenticError, RefusedError, UnreachableError
+from attestor_io.errors import AttestorError, NotAuthenticError, RefusedError
 from attestor_io.kms_errors import UNSIGNED, cut, redacted
 from attestor_io.names import is_pinned, is_same_key
 from attestor_io.sdk_data import new_session
-from attestor_io.shortage import shortage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -325,15 +324,3 @@ def _decoded(value: Any) -> bytes:
         return base64.b64decode(value, validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
         raise Refusal("SerializationException", "request has bytes that are not base64") from error
-
-
-def unexpected(error: Exception) -> AttestorError:
-    """A bug as an error of ours, with nothing of its message; or a lack of memory or the like."""
-    if short := shortage(error):
-        return UnreachableError(short)
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    file = os.path.basename(trace.tb_frame.f_code.co_filename) if trace else "nowhere"
-    line = trace.tb_lineno if trace else 0
-    return AttestorError(f"unexpected {type(error).__name__} at {file}:{line}")

@@ -7,15 +7,17 @@ import errno
 import gc
 import os
 import selectors
+import signal
 import socket
 import stat
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
-from attestor import Kms, process_recipient, say
+from attestor import Kms, process_recipient
+from attestor_commands.failures import Failures, unexpected
 from attestor_commands.serve_callers import KeyPair, uid_of
-from attestor_commands.serve_calls import Bounds, CallDeadline, Calls, Upstream, unexpected
+from attestor_commands.serve_calls import Bounds, CallDeadline, Calls, Upstream
 from attestor_commands.serve_http import FULL, Conversation, turn_away
 from attestor_commands.serve_wire import error_answer
 from attestor_io import names, signals
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 
 _LOOPBACK: Final = "127.0.0.1"
 _BACKLOG: Final = 128
-_TELL_SECONDS: Final = 60.0  # between two lines of one class
-_CLASSES_MAX: Final = 64
 _PAUSE: Final = 0.1  # seconds after a failure to accept, such as of too few descriptors
 _STRANGER: Final = error_answer("AccessDeniedException", "this user is none of --allow-uid", 403)
 
@@ -42,31 +42,6 @@ class Places(NamedTuple):
     uids: frozenset[int]
     port: int | None
     credentials_file: str | None
-
-
-class Failures:
-    """Says on standard error that calls fail: of each class one line at once, and then at most one
-    a minute, with how many there were.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[str, int] = {}
-        self._said: dict[str, float] = {}
-
-    def tell(self, kind: str, said: str) -> None:
-        """Count a failure of this class, and say it if it is time."""
-        now = time.monotonic()
-        with self._lock:
-            if kind not in self._said and len(self._said) >= _CLASSES_MAX:
-                kind = "other errors"
-            count = self._counts.get(kind, 0) + 1
-            self._counts[kind] = count
-            if now - self._said.get(kind, -_TELL_SECONDS) < _TELL_SECONDS:
-                return
-            self._said[kind], self._counts[kind] = now, 0
-        times = f" ({count} times since the last such line)" if count > 1 else ""
-        say("warning", f"{kind}: {said}{times}")
 
 
 class Listener(NamedTuple):
@@ -227,13 +202,15 @@ def run(
     # before anything is opened here that could have this number
     ready = None if ready_fd is None else _open_ready(ready_fd)
     gc.enable()  # which a short command does without
+    if os.getpid() == 1:
+        _leave_orphans_to_the_kernel()
     process_recipient()  # its key is made meanwhile
     deadline = CallDeadline(seconds)
     kms = Kms.connect(key_ids[0] if key_ids else None, deadline=deadline, **connection)
     for key_id in key_ids[1:]:
         names.resolve_region(kms.region, key_id, os.environ)
     failures, files = Failures(), Files()
-    _clean_up_first(files.remove)
+    signals.owner.clean_up_first(files.remove)
     with _files_removed(files):
         upstream = Upstream(kms, deadline, concurrency)
         bounds = Bounds(key_ids, required, passed)
@@ -241,7 +218,7 @@ def run(
             Calls(upstream, bounds, deadline, failures.tell), connections, failures.tell
         )
         listeners = _listen(places, files, kms.region, force=force)
-        _clean_up_first(lambda: server.drain(seconds))
+        signals.owner.clean_up_first(lambda: server.drain(seconds))
         said = "".join(f"{listener.url}\n" for listener in listeners).encode()
         if ready_file is not None:
             files.write(ready_file, said, force=force)
@@ -251,23 +228,24 @@ def run(
         server.run(listeners)
 
 
+def _leave_orphans_to_the_kernel() -> None:
+    """Have the kernel reap what nobody waits for, and reap what has ended before (wait(2), notes).
+
+    The SDK then sees that a credential_process of a profile has succeeded, whatever it did, and
+    judges by the output.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 @contextlib.contextmanager
 def _files_removed(files: Files) -> Any:
     try:
         yield
     finally:
         files.remove()
-
-
-def _clean_up_first(work: Callable[[], None]) -> None:
-    """Have the thread that ends the process at a signal do this before all else."""
-    then = signals.owner.clean_up
-
-    def clean_up() -> None:
-        work()
-        then()
-
-    signals.owner.clean_up = clean_up
 
 
 def _open_ready(descriptor: int) -> Any:

@@ -24,8 +24,16 @@ def fault_of(version: str | None, minimum: int) -> str:
     asked = f"and minimum_version is {minimum}"
     if version is None:
         return f"has no version in its context, {asked}"
-    if not _NUMBER.fullmatch(version) or int(version) > VERSION_MAX:
+    number = number_of(version)
+    if number is None:
         return f"has a version that is no number from 1 to {VERSION_MAX}, {asked}"
-    if int(version) < minimum:
+    if number < minimum:
         return f"has version {version}, which is too old: minimum_version is {minimum}"
     return ""
+
+
+def number_of(version: str | None) -> int | None:
+    """The number that a version is; None for what is none."""
+    if version is None or not _NUMBER.fullmatch(version) or int(version) > VERSION_MAX:
+        return None
+    return int(version)

@@ -39,10 +39,13 @@ def identity_of(status: os.stat_result) -> tuple[int, int]:
 class Folder:
     """A folder that is held open, and the names in it; every method may raise OSError."""
 
-    def __init__(self, path: str) -> None:
-        """Open it; "" is the working folder."""
+    def __init__(self, path: str, inside: Folder | None = None) -> None:
+        """Open it; "" is the working folder. One that is `inside` another must be no link."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        self._descriptor = os.open(path or ".", flags)
+        if inside is None:
+            self._descriptor = os.open(path or ".", flags)
+        else:
+            self._descriptor = os.open(path, flags | os.O_NOFOLLOW, dir_fd=inside._descriptor)
 
     def close(self) -> None:
         """Give the folder back, and its lock with it."""
@@ -122,6 +125,19 @@ class Folder:
         finally:
             signals.owner.leave()
 
+    def create_link(self, target: str) -> str:
+        """Create a symbolic link; its hidden name."""
+        signals.owner.enter()
+        name = self.hidden_name()
+        try:
+            os.symlink(target, name, dir_fd=self._descriptor)
+        except BaseException:
+            self.disown(name)
+            raise
+        finally:
+            signals.owner.leave()
+        return name
+
     def open_again(self, file: int, name: str) -> int:
         """Open for reading what `create` has made and given; a new descriptor."""
         if name:
@@ -129,11 +145,53 @@ class Folder:
             return os.open(name, flags, dir_fd=self._descriptor)
         return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
 
+    # -- folders in it
+
+    def names(self) -> list[str]:
+        """List what is in it."""
+        return os.listdir(self._descriptor)
+
+    def create_folder(self, prefix: str) -> str:
+        """Create a folder that everybody may list; its name, which is in the list of the hidden."""
+        signals.owner.enter()
+        name = self.hidden_name(prefix)
+        try:
+            os.mkdir(name, 0o755, dir_fd=self._descriptor)
+        except BaseException:
+            self.disown(name)
+            raise
+        finally:
+            signals.owner.leave()
+        return name
+
+    def set_mode(self, mode: int) -> None:
+        """Change its mode."""
+        os.fchmod(self._descriptor, mode)
+
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of it."""
+        return identity_of(os.fstat(self._descriptor))
+
+    def link_target(self, name: str) -> str:
+        """Read a symbolic link; "" where there is none of this name."""
+        try:
+            return os.readlink(name, dir_fd=self._descriptor)
+        except OSError:
+            return ""
+
+    def is_in_use(self) -> bool:
+        """Tell whether a living command has claimed it; one that cannot be locked may be."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
     # -- names: those that are hidden are in the list of what a signal removes
 
-    def hidden_name(self) -> str:
+    def hidden_name(self, prefix: str = ".attestor-") -> str:
         """Make up a name for a file that shall not stay; it is in the list from now on."""
-        name = f".attestor-{os.urandom(8).hex()}"
+        name = f"{prefix}{os.urandom(8).hex()}"
         _hidden_names[name] = self._descriptor
         return name
 
@@ -163,6 +221,7 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove a hidden name, whatever the first attempt says; raises nothing."""
+        _hidden_names.setdefault(name, self._descriptor)
         _remove(name)
 
     def disown(self, name: str) -> None:
@@ -175,11 +234,30 @@ _hidden_names: Final[dict[str, int]] = {}
 
 
 def _remove(name: str) -> None:
+    folder = _hidden_names.get(name, -1)
     for _ in range(2):
         with contextlib.suppress(OSError):
-            os.unlink(name, dir_fd=_hidden_names.get(name, -1))
+            try:
+                os.unlink(name, dir_fd=folder)
+            except IsADirectoryError:
+                _remove_folder(folder, name)
             break
     _hidden_names.pop(name, None)
+
+
+def _remove_folder(parent: int, name: str) -> None:
+    """Remove a folder and the files in it; raises OSError. Folders in it, which none of ours has,
+    keep it.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    folder = os.open(name, flags, dir_fd=parent)
+    try:
+        for file in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                os.unlink(file, dir_fd=folder)
+    finally:
+        os.close(folder)
+    os.rmdir(name, dir_fd=parent)
 
 
 def _remove_all() -> None:

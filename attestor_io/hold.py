@@ -10,20 +10,29 @@ from __future__ import annotations
 # what `signal` stands on: that one imports enum first, which takes as long as Python's own start
 import _signal  # type: ignore[import-not-found]
 
+TYPE_CHECKING = False  # of typing, which takes as long
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _ENDING = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGTERM)
 
 
 _inherited: set[int] | None = None
 
 
-def taken_signals() -> set[int]:
+def taken_signals(among: Iterable[int] = _ENDING) -> set[int]:
     """SIGHUP, SIGINT and SIGTERM, but for those that whoever started us ignores or blocks.
 
     A blocked signal is queued even if it is ignored (nohup), so that an ignored one must not be
     waited for; and one that was blocked stays so, for the program that `inject` becomes, too.
     """
-    ours = set(_ENDING) - (_inherited or set())
+    ours = set(among) - inherited_mask()
     return {number for number in ours if _signal.getsignal(number) != _signal.SIG_IGN}
+
+
+def inherited_mask() -> set[int]:
+    """The signals that whoever started us blocks, which a program of ours shall find blocked."""
+    return _inherited or set()
 
 
 def hold() -> None:

@@ -24,12 +24,16 @@ class Progress:
     standard error is no terminal.
 
     `total` is how many entries there are, if there are entries; `done` says what is done to bytes.
-    Leaving the context clears the line.
+    Without `shows` there is none on a terminal either, where it would be amid another program's
+    output. Leaving the context clears the line.
     """
 
-    def __init__(self, done: str, total: int = 0) -> None:
+    def __init__(self, done: str, total: int = 0, *, shows: bool = True) -> None:
         self._terminal = (
-            sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            shows
+            and sys.stderr is not None
+            and sys.stderr.isatty()
+            and os.environ.get("TERM") != "dumb"
         )
         self._done, self._total = done, total
         self._entries = self._bytes = 0

@@ -104,12 +104,19 @@ def real_path(path: str) -> str:
 class SecretFile:
     """A file that is absent or complete at any moment; mode 0600 until it is sealed.
 
-    A symbolic link as the target is never followed, but replaced. Raises OutputError for what
-    cannot be prepared.
+    A symbolic link as the target is never followed, but replaced. With `inside`, the file comes
+    into that folder, and `path` says its name and what messages call it. Raises OutputError for
+    what cannot be prepared.
     """
 
     def __init__(
-        self, path: str, *, force: bool, mode: int = 0o600, owner: tuple[int, int] = (-1, -1)
+        self,
+        path: str,
+        *,
+        force: bool,
+        mode: int = 0o600,
+        owner: tuple[int, int] = (-1, -1),
+        inside: Folder | None = None,
     ) -> None:
         self._path, self._force, self._mode, self._owner = path, force, mode, owner
         self._old = ""  # the hidden name of what it replaces
@@ -117,11 +124,11 @@ class SecretFile:
         self._identity = (0, 0)
         folder, self._name = os.path.split(path)
         with self._errors_translated():
-            self._folder = self._open_folder(folder)
+            self._folder = Folder(".", inside) if inside else self._open_folder(folder)
             try:
                 self._check()
                 self._folder.claim()
-                self._file, self._new = self._folder.create()  # the latter is its hidden name
+                self._file, self._new = self._create()
             except BaseException:
                 self._folder.close()
                 raise
@@ -134,6 +141,10 @@ class SecretFile:
 
             hint = f"mkdir -p {shlex.quote(path)} makes it"
             raise self._unwritable(f"there is no folder {path}", hint) from error
+
+    def _create(self) -> tuple[int, str]:
+        """The descriptor of what is to be placed, and its hidden name, if it has one."""
+        return self._folder.create()
 
     def _check(self) -> None:
         """Find out what can be known before KMS is asked."""
@@ -195,9 +206,13 @@ class SecretFile:
                 self._folder.unlink(self._new)
                 self._new = ""
             self._folder.sync()
-            self._identity = identity_of(os.fstat(self._file))
-            os.close(self._file)  # a program that is open for writing cannot be executed
-            self._file = -1
+            self._release()
+
+    def _release(self) -> None:
+        """Close the file: a program that is open for writing cannot be executed."""
+        self._identity = identity_of(os.fstat(self._file))
+        os.close(self._file)
+        self._file = -1
 
     def _replace(self) -> None:
         """Swap names with the target, in one step where the file system can."""
@@ -280,18 +295,19 @@ class SecretFile:
 
 
 @contextlib.contextmanager
-def placed(files: Sequence[SecretFile]) -> Iterator[None]:
+def placed(files: Sequence[SecretFile], *, drops: bool = True) -> Iterator[None]:
     """Give all files their names, or none: any error, within the block too, takes them back.
 
-    Within the block what they replaced is still there. Behind it the process ends with its result:
-    a signal comes too late.
+    Within the block what they replaced is still there; unless it `drops` that, until the files are
+    closed. Behind it the process ends with its result: a signal comes too late.
     """
     signals.owner.enter()
     try:
         for file in files:
             file.take_name()
         yield
-        _drop_replaced([file for file in files if file.replaced])
+        if drops:
+            _drop_replaced([file for file in files if file.replaced])
     except BaseException:
         for file in reversed(files):
             file.take_back()

@@ -7,13 +7,16 @@
 # ATTESTOR_STATUS_PORT is set. A step that ends with 5 (try again) is tried again, with growing pauses, until
 # ATTESTOR_DEADLINE; every other status but 0 ends the entrypoint with that status.
 #
+# With ATTESTOR_WATCH=SECONDS attestor stays as the first process, fetches again so often, and restarts or signals the program
+# as the manifest says; it calls this script with --become PROGRAM ARG... for each start.
+#
 # Settings come from the environment, then from the file ATTESTOR_CONFIG (lines NAME=VALUE, # begins a comment), then
 # from the defaults in `configuration`. The parent's claims, region and node, are checked before anything uses them.
 set -eu
 
 _SETTINGS="ATTESTOR_PARENT_CID ATTESTOR_NETWORK ATTESTOR_KMS_PORT ATTESTOR_S3_PORT ATTESTOR_METADATA_PORT \
 ATTESTOR_STATUS_PORT ATTESTOR_HOSTS ATTESTOR_DNS_SUFFIX ATTESTOR_NODE_TAG ATTESTOR_NODE_VARIABLE ATTESTOR_MANIFEST \
-ATTESTOR_SECRETS ATTESTOR_USER ATTESTOR_DEADLINE AWS_REGION"
+ATTESTOR_SECRETS ATTESTOR_USER ATTESTOR_DEADLINE ATTESTOR_WATCH AWS_REGION"
 _REGION='[a-z]{2,8}(-[a-z]{2,16}){1,3}-[0-9]{1,2}'
 _HOST='[A-Za-z0-9][A-Za-z0-9.-]*'
 _NUMBER='[1-9][0-9]{0,9}'
@@ -39,6 +42,7 @@ configuration() {
     setting ATTESTOR_SECRETS /run/secrets
     setting ATTESTOR_USER app
     setting ATTESTOR_DEADLINE 300
+    setting ATTESTOR_WATCH ''
     checked_settings
 }
 
@@ -80,6 +84,8 @@ checked_settings() {
     check ATTESTOR_SECRETS '/.*[^/]' "$ATTESTOR_SECRETS"
     check ATTESTOR_USER '[a-z_][a-z0-9_-]{0,31}' "$ATTESTOR_USER"
     check ATTESTOR_DEADLINE '[0-9]{1,6}' "$ATTESTOR_DEADLINE"
+    check ATTESTOR_WATCH '([1-9][0-9]{0,4})?' "$ATTESTOR_WATCH"
+    [ "${ATTESTOR_WATCH:-1}" -le 86400 ] || wrong "ATTESTOR_WATCH is more than a day, 86400"
     case $ATTESTOR_NODE_VARIABLE in
         PATH | HOME | IFS | ENV | LD_* | PYTHON* | AWS_* | ATTESTOR_* | NSM_* | SSL* | OPENSSL_* | GLIBC_* | *_PROXY | \
             HOSTALIASES)
@@ -177,14 +183,19 @@ metadata() { # PATH
 }
 
 inject() {
-    set -- --receipt "$work/receipt.json" "$ATTESTOR_MANIFEST"
+    result=0
+    call_inject command --receipt "$work/receipt.json" "$ATTESTOR_MANIFEST" 2>"$work/messages" || result=$?
+    cat "$work/messages" >&2
+    return $result
+}
+
+call_inject() { # command|exec ARGUMENT...
+    how=$1
+    shift
     [ "$ATTESTOR_NETWORK" != vsock ] || set -- --vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_KMS_PORT" \
         --imds-vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_METADATA_PORT" \
         --s3-vsock "$ATTESTOR_PARENT_CID:$ATTESTOR_S3_PORT" "$@"
-    result=0
-    attestor inject "$@" 2>"$work/messages" || result=$?
-    cat "$work/messages" >&2
-    return $result
+    $how attestor inject "$@"
 }
 
 # -- running and telling
@@ -225,10 +236,15 @@ find_program() { # PROGRAM
     exit "$status"
 }
 
-# In place of this shell, as a user without privileges and with no credentials in its environment.
 program() {
     tell program 0 1
     rm -rf "$work"
+    [ -n "$ATTESTOR_WATCH" ] || become "$@"
+    call_inject exec --force --watch "$ATTESTOR_WATCH" "$ATTESTOR_MANIFEST" -- "$0" --become "$@"
+}
+
+# In place of this shell, as a user without privileges and with no credentials in its environment.
+become() {
     unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_CREDENTIAL_EXPIRATION \
         AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_CONTAINER_AUTHORIZATION_TOKEN \
         AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_WEB_IDENTITY_TOKEN_FILE AWS_EC2_METADATA_TOKEN
@@ -245,8 +261,13 @@ program() {
 
 # shellcheck disable=SC3045 # both shells that this runs under know -c
 ulimit -c 0 # no core dump of what holds a secret; exec keeps it
+if [ "${1:-}" = --become ]; then
+    shift
+    become "$@"
+fi
 export AWS_EC2_METADATA_V1_DISABLED=true # the SDK then tells a silent metadata service from one without credentials
 configuration
+[ $# -gt 0 ] || [ -z "$ATTESTOR_WATCH" ] || wrong 'ATTESTOR_WATCH is beside a program, and none is named'
 deadline=$(($(uptime_seconds) + ATTESTOR_DEADLINE))
 # shellcheck disable=SC2174 # only the last folder is meant: owners open their secrets in it, and nobody lists it
 [ -d "$ATTESTOR_SECRETS" ] || mkdir -p -m 0711 "$ATTESTOR_SECRETS"

@@ -65,6 +65,11 @@ class MetadataService:
         self._lock = threading.Lock()
         self._tokens: dict[str, float] = {}  # each with its end
 
+    def set_tag(self, key: str, value: str) -> None:
+        """Tag the instance anew, as its owner may at any time; raises ValueError."""
+        _check_tag(key, value)
+        self._fixed = self._fixed | {f"tags/instance/{key}": value}
+
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
         return self._respond(Request(environ))(environ, start_response)

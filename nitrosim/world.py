@@ -117,12 +117,12 @@ class World:
         self.device = device
         self._vsock = vsock
         self._on_status = on_status
-        instance = _instance(self.kms, tags)
+        self._instance = _instance(self.kms, tags)
         self._server = server.HttpsServer(
             self.store, region=kms.REGION, fault=chosen.get("tls"), port=port
         )
         wanted = vsock or device is not None or tags is not None
-        self._metadata = server.HttpServer(instance) if wanted else None
+        self._metadata = server.HttpServer(self._instance) if wanted else None
         self._root_der = pki.root_der
 
     @property
@@ -144,6 +144,10 @@ class World:
     def metadata_url(self) -> str | None:
         """The endpoint of the metadata service, if it runs."""
         return self._metadata.url if self._metadata else None
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Tag the instance anew; raises ValueError for a tag that cannot be in the metadata."""
+        self._instance.set_tag(key, value)
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The variables of a command in this world: nothing of the host's AWS set-up or proxies is

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,6 +36,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 OPERATOR: Final = botocore.session.Session()  # one for all: it reads the SDK's data once
 ROOT: Final = Path(__file__).parent.parent
+PATIENCE: Final = 60.0  # seconds that end a test on the busiest machine
 VECTORS: Final = ROOT.parent / "shared" / "vectors"
 
 
@@ -188,6 +190,14 @@ def enclaves(tmp_path: Path) -> Iterator[Callable[..., Enclave]]:
     """Makes enclaves with other options of World; all of them see one folder."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: Enclave(stack.enter_context(World(**options)), tmp_path)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Poll until something holds."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "it does not come"
+        threading.Event().wait(0.01)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,7 @@ from werkzeug.wrappers import Response
 from attestor_commands.inject.program import CREDENTIALS
 from nitrosim.metadata import MetadataService
 from nitrosim.server import HttpServer
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -384,6 +385,47 @@ def test_a_program_that_cannot_be_executed(images: Callable[..., Image]) -> None
     assert image.run(str(program)).status == 126
     assert [(line["step"], line["status"]) for line in image.told] == [("program", 126)]
     assert image.placed() == set()
+
+
+def test_attestor_stays_beside_the_program(images: Callable[..., Image]) -> None:
+    """It fetches again, restarts the program without credentials, and ends as that does."""
+    image = images()
+    environment: Environment = {"ATTESTOR_WATCH": "1", "AWS_BEARER_TOKEN_X": "x"}
+    new = image.enclave.folder / image.enclave.place(image.enclave.encrypt(b"new", node="3"), "n")
+    second = f"""
+        cat "$ATTESTOR_SECRETS/key"; echo " $NODE $1"
+        env | grep -E "^AWS_(SECRET|SESSION|BEARER)" && exit 99
+        grep -qx new "$ATTESTOR_SECRETS/key" && exit 42
+        : >"{image.bin}/started"
+        while :; do sleep 0.1; done
+    """
+    image.bin.chmod(0o777)
+
+    def rotate() -> None:
+        wait_until((image.bin / "started").exists)
+        new.rename(image.enclave.folder / "blob")
+
+    operator = threading.Thread(target=rotate)
+    operator.start()
+    run = image.run("sh", "-c", second, "sh", "a  b", environment=environment)
+    operator.join()
+    assert (run.status, run.out) == (42, b"the secret 3 a  b\nnew 3 a  b\n"), run.err
+    assert lines(run) == [f"{step}: ok" for step in (*STEPS, "program")]
+    assert image.placed() == {"key"}
+
+
+@pytest.mark.parametrize(
+    ("value", "program", "said"),
+    [
+        ("0", ["true"], "error: ATTESTOR_WATCH is not what it must be: ([1-9][0-9]{0,4})?"),
+        ("86401", ["true"], "error: ATTESTOR_WATCH is more than a day, 86400"),
+        ("60", [], "error: ATTESTOR_WATCH is beside a program, and none is named"),
+    ],
+)
+def test_watching_that_cannot_be(image: Image, value: str, program: list[str], said: str) -> None:
+    run = image.run(*program, environment={"ATTESTOR_WATCH": value})
+    assert (run.status, lines(run)) == (2, [said])
+    assert image.told == []
 
 
 def test_what_is_taken_from_the_program_is_what_inject_takes() -> None:

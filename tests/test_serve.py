@@ -32,7 +32,7 @@ from nitrosim import kms_faults
 from nitrosim.kms_wire import Credentials, Parameters
 from nitrosim.world import World
 from nsm.library import IN_PACKAGE
-from tests.conftest import Enclave
+from tests.conftest import Enclave, wait_until
 from tests.hostile import Server, whole
 from tests.serving import DEVICE, Served
 from tests.test_credentials import BARE, given
@@ -616,10 +616,15 @@ def test_what_is_under_way_has_a_deadline(outside: Enclave, fail: Callable[[str]
 
 def test_it_is_fit_to_be_process_1(outside: Enclave, namespaces: None) -> None:
     unshare = ["unshare", "--map-root-user", "--pid", "--fork"]
-    with Served(outside, "--any-key", wrapper=unshare) as served:
+    # one orphan that has ended before, and one that ends when attestor listens
+    waiting = "until [ -e kms.sock ]; do sleep 0.01; done"
+    orphans = f'sh -c "(exec >&- 2>&-; {waiting}) & : & :"; exec "$@"'
+    wrapper = [*unshare, "sh", "-c", orphans, "sh"]
+    with Served(outside, "--any-key", wrapper=wrapper) as served:
         assert served.ask("GenerateRandom", NumberOfBytes=1).status == 200
         outer = served.process.pid
         (inner,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        wait_until(lambda: not Path(f"/proc/{inner}/task/{inner}/children").read_text())
         os.kill(int(inner), signal.SIGTERM)
         run = served.outcome()
     assert (run.status, run.err, outside.files()) == (143, "", set())

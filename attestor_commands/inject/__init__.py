@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from attestor_io.vsock import Address
+
+WATCH_MAX: Final = 86_400  # seconds
 
 
 def _print_schema(context: click.Context, _option: click.Parameter, asked: bool) -> None:
@@ -46,6 +48,12 @@ def _print_schema(context: click.Context, _option: click.Parameter, asked: bool)
     "--receipt", metavar="FILE", help="write there, as JSON, what was done; no secret is in it"
 )
 @click.option(
+    "--watch",
+    metavar="SECONDS",
+    type=click.IntRange(1, WATCH_MAX),
+    help="stay beside PROGRAM, fetch again so often, and tell it of changes",
+)
+@click.option(
     "--schema",
     is_flag=True,
     is_eager=True,
@@ -63,28 +71,32 @@ def inject(
     settings: Mapping[str, str],
     receipt: str | None,
     force: bool,
+    watch: int | None,
     host_vsock: Mapping[str, Address],
     **addresses: Address | None,
-) -> None:
+) -> int:
     """Put every secret and file of a manifest in its place, then become PROGRAM.
 
     \b
-    Example:
+    Examples:
       attestor inject --set NODE=3 /etc/secrets.toml -- /usr/bin/server --port 80
+      attestor inject --watch 300 /etc/secrets.toml -- /usr/bin/server --port 80
 
     Nothing is placed unless everything opened; a failure takes back what this run placed. PROGRAM
     replaces this process: its exit status and signals are its own, 127 if there is no such program,
-    126 if it cannot be executed. docs/manifest.md describes the manifest; its own vsock addresses
-    give way to those of the options.
+    126 if it cannot be executed. With --watch this process stays, passes signals on, restarts or
+    signals PROGRAM when something has changed, and ends as PROGRAM does. docs/manifest.md describes
+    the manifest; its own vsock addresses give way to those of the options.
     """
     from attestor_commands.inject.run import inject as run
 
-    run(
+    return run(
         manifest,
         program,
         settings=settings,
         receipt=receipt,
         force=force,
+        watch=watch,
         addresses=addresses,
         host_vsock=host_vsock,
     )

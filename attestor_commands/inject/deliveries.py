@@ -16,6 +16,8 @@ from attestor_io.errors import OutputError
 from attestor_io.secret_file import write_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from attestor_commands.inject.manifest import Manifest
     from attestor_commands.inject.places import Place
     from attestor_commands.placement import Placement
@@ -116,7 +118,9 @@ class Deliveries:
     def __init__(self, manifest: Manifest, placement: Placement, *, force: bool) -> None:
         self._passed = manifest.passed_variables
         self._files: dict[str, SecretFile] = {
-            place.name: placement.add(place.name, force=force, mode=place.mode, owner=place.owner)
+            place.name: placement.add(
+                place.name, force=force, mode=place.mode, owner=place.owner, in_generation=True
+            )
             for place in manifest.files
         }
         self._documents = manifest.documents
@@ -142,6 +146,11 @@ class Deliveries:
             members = [one for one in self._values if one.place.name == document.place.name]
             file.append((_json if document.form == "json" else _dotenv)(members))
             file.seal()
+
+    def files_of(self, places: Iterable[Place]) -> list[SecretFile]:
+        """The files that hold what goes to these places."""
+        names = {place.name for place in places if not place.needs_program}
+        return [self._files[name] for name in names]
 
     def inheritance(self) -> Inheritance:
         """What the program gets of the secrets, and of the manifest's variables."""

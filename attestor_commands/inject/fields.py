@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 SECRET_MAX: Final = 1 << 30  # bytes of a source
+SIGNALS: Final = "SIGHUP SIGINT SIGQUIT SIGTERM SIGUSR1 SIGUSR2 SIGWINCH SIGCONT".split()
+CHANGES: Final = ("restart", "none", *SIGNALS)
+"""What `inject --watch` can do to its program when something has changed."""
 
 
 class Field(NamedTuple):
@@ -39,6 +42,14 @@ def _between(low: int, high: int) -> Field:
         lambda value: type(value) is int and low <= value <= high,
         f"a number from {low} to {high}",
         {"type": "integer", "minimum": low, "maximum": high},
+    )
+
+
+def _one_of(*known: str) -> Field:
+    return Field(
+        lambda value: isinstance(value, str) and value in known,
+        f"one of {', '.join(known)}",
+        {"enum": list(known)},
     )
 
 
@@ -116,6 +127,9 @@ TOP_FIELDS: Final[Mapping[str, Field]] = {
     "host_vsock": _STRING_TABLE,
     "timeout": _between(1, 86400),
     "concurrency": _between(1, 64),
+    "generation_folder": _STRING,
+    "on_change": _one_of(*CHANGES),
+    "stop_timeout": _between(1, 3600),
     "pass_credentials": _FLAG,
     "pass_variables": _FLAG,
     "variables": _VARIABLES,

@@ -26,6 +26,7 @@ from attestor_commands.inject.fields import (
 from attestor_commands.inject.places import (
     Document,
     Place,
+    check_generation,
     check_places,
     document_of,
     member_of,
@@ -47,6 +48,7 @@ MANIFEST_MAX: Final = 1 << 20
 ENTRIES_MAX: Final = 300  # each needs two descriptors, of 1024 that a process has by default
 FILE_MAX: Final = 16 << 20
 _DOTS_MAX: Final = 1000  # in one line, or as many squares of them in all lines together
+STOP_TIMEOUT: Final = 10  # seconds, as containers have them
 CONCURRENCY: Final = 3  # vsock-proxy serves four connections by default: one is left for others
 VERSION_HINT: Final = (
     'context = { version = "${VERSION}" } says which one it is; only a message of the AWS '
@@ -100,6 +102,15 @@ class Manifest:
     concurrency: int
     pass_credentials: bool
     passed_variables: Mapping[str, str]
+    generation_folder: str | None
+    on_change: str
+    stop_timeout: int
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every place of an entry or a document."""
+        documents = (document.place for document in self.documents)
+        return (*(entry.place for entry in self.entries), *documents)
 
     @property
     def files(self) -> tuple[Place, ...]:
@@ -146,6 +157,9 @@ def parse(
     _check_entries(entries)
     places = [*(one.place for one in entries), *(one.place for one in documents)]
     check_places(places, passed)
+    generation_folder = check_generation(table.get("generation_folder"), places, variables)
+    on_change = table.get("on_change", "restart")
+    _check_change(on_change, places)
     return Manifest(
         entries=tuple(entries),
         documents=tuple(documents),
@@ -160,6 +174,9 @@ def parse(
         concurrency=table.get("concurrency", CONCURRENCY),
         pass_credentials=table.get("pass_credentials", False),
         passed_variables=passed,
+        generation_folder=generation_folder,
+        on_change=on_change,
+        stop_timeout=table.get("stop_timeout", STOP_TIMEOUT),
     )
 
 
@@ -312,6 +329,16 @@ def _origin(
         "source": source_of(table["source"], where, variables),
         "max_bytes": table.get("max_bytes", most),
     }
+
+
+def _check_change(on_change: str, places: Sequence[Place]) -> None:
+    """Refuse to tell a running program of what only a new one can get."""
+    for place in places:
+        if place.needs_program and on_change != "restart":
+            raise InputError(
+                f"on_change is {on_change}, but {place} reaches a program only when it starts",
+                'on_change = "restart" starts it again; a target can change beside it',
+            )
 
 
 def _check_entries(entries: Sequence[Entry]) -> None:

@@ -164,6 +164,23 @@ def check_places(places: Sequence[Place], passed: Iterable[str]) -> None:
     _check_paths([place.name for place in places if place.kind == "target"])
 
 
+def check_generation(
+    folder: str | None, places: Sequence[Place], variables: Variables
+) -> str | None:
+    """The path of the link that leads to a generation, in which every file must be."""
+    if folder is None:
+        return None
+    folder = variables.fill(folder, "generation_folder", in_path=True)
+    check_path(folder, "manifest", "generation_folder")
+    for place in places:
+        if place.kind == "target" and os.path.dirname(place.name) != folder:
+            raise InputError(
+                f"target {place.name} is not in generation_folder {folder}",
+                "every file must be right in it: all of them are replaced at once",
+            )
+    return folder
+
+
 def _check_paths(paths: Sequence[str]) -> None:
     real: dict[str, str] = {}
     for target in paths:

@@ -10,6 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from attestor_io.errors import AttestorError
+from attestor_io.hold import inherited_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,24 +110,55 @@ class Inheritance(NamedTuple):
     descriptors: Sequence[int]
 
 
-def execute(
-    path: str, program: Sequence[str], inheritance: Inheritance, *, pass_credentials: bool
-) -> NoReturn:
-    """Become the program: its exit status and signals are its own. Raises ProgramError."""
-    environment: dict[str, str | bytes] = {
-        name: value
-        for name, value in os.environ.items()
-        if pass_credentials or not (name in CREDENTIALS or name.startswith(_BEARER_TOKENS))
-    }
-    environment |= inheritance.variables  # may be credentials of the program's own
-    for descriptor in inheritance.descriptors:
-        os.set_inheritable(descriptor, True)
-    for number in _IGNORED_BY_PYTHON:  # which execve would keep
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        os.execve(path, list(program), environment)  # noqa: S606 - no shell is the point
-    except (OSError, ValueError) as error:
-        raise _not_executable(program[0], getattr(error, "strerror", None) or str(error)) from error
-    finally:
-        for number in _IGNORED_BY_PYTHON:
-            signal.signal(number, signal.SIG_IGN)
+class Program(NamedTuple):
+    """A program that was found: `path` is the file, `arguments` begin with its name."""
+
+    path: str
+    arguments: Sequence[str]
+    pass_credentials: bool
+
+    def execute(self, inheritance: Inheritance) -> NoReturn:
+        """Become the program: its exit status and signals are its own. Raises ProgramError."""
+        for descriptor in inheritance.descriptors:
+            os.set_inheritable(descriptor, True)
+        for number in _IGNORED_BY_PYTHON:  # which execve would keep
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            os.execve(  # noqa: S606 - no shell is the point
+                self.path, list(self.arguments), self._environment(inheritance)
+            )
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        finally:
+            for number in _IGNORED_BY_PYTHON:
+                signal.signal(number, signal.SIG_IGN)
+
+    def start(self, inheritance: Inheritance) -> int:
+        """Start it beside this process, as `execute` would become it; its process id.
+
+        Raises ProgramError. Between fork and exec runs nothing of Python's (posix_spawn), so that
+        it does not matter which locks other threads hold.
+        """
+        for descriptor in inheritance.descriptors:
+            os.set_inheritable(descriptor, True)
+        try:
+            return os.posix_spawn(
+                self.path,
+                list(self.arguments),
+                self._environment(inheritance),
+                setsigmask=inherited_mask(),
+                setsigdef=_IGNORED_BY_PYTHON,
+            )
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+
+    def _environment(self, inheritance: Inheritance) -> dict[str, str | bytes]:
+        environment: dict[str, str | bytes] = {
+            name: value
+            for name, value in os.environ.items()
+            if self.pass_credentials or not (name in CREDENTIALS or name.startswith(_BEARER_TOKENS))
+        }
+        return environment | dict(inheritance.variables)  # may be credentials of the program's own
+
+    def _unusable(self, error: OSError | ValueError) -> ProgramError:
+        return _not_executable(self.arguments[0], getattr(error, "strerror", None) or str(error))
