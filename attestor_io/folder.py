@@ -176,7 +176,9 @@ class Folder:
         """Read a symbolic link; "" where there is none of this name."""
         try:
             return os.readlink(name, dir_fd=self._descriptor)
-        except OSError:
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.EINVAL}:  # readlink(2): not there, no link
+                raise
             return ""
 
     def is_in_use(self) -> bool:

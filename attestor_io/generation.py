@@ -8,6 +8,7 @@ link leads to it, and the one before it stays for a while, for whoever is readin
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -60,8 +61,10 @@ class FolderLink(SecretFile):
         super().close()
 
     def _drop_folders(self) -> None:
+        """Remove earlier folders; what stays is for the next command."""
         if not self._keeps:
-            _remove_generations(self._folder, self._name)
+            with contextlib.suppress(OSError):
+                _remove_generations(self._folder, self._name)
 
 
 class Generation:
@@ -88,16 +91,18 @@ class Generation:
         """Make the folder, and claim it before another command takes it for one of the dead."""
         for _ in range(_ATTEMPTS):
             name = self._parent.create_folder(_prefix(self._name))
-            with contextlib.suppress(FileNotFoundError):
-                self.folder = Folder(name, self._parent)
-                self.folder.claim()
-                found = self._parent.status_of(name)
-                if found is not None and identity_of(found) == self.folder.identity():
-                    self.folder.set_mode(0o755)  # the umask may have taken bits away
-                    return name
-                self.folder.close()
-            self._parent.disown(name)
-        raise FileNotFoundError(2, "other commands remove what is made there")
+            with contextlib.ExitStack() as unfinished:
+                unfinished.callback(self._parent.remove, name)
+                with contextlib.suppress(FileNotFoundError):
+                    self.folder = Folder(name, self._parent)
+                    unfinished.callback(self.folder.close)
+                    self.folder.claim()
+                    found = self._parent.status_of(name)
+                    if found is not None and identity_of(found) == self.folder.identity():
+                        self.folder.set_mode(0o755)  # the umask may have taken bits away
+                        unfinished.pop_all()
+                        return name
+        raise FileNotFoundError(errno.ENOENT, "other commands remove what is made there")
 
     def __enter__(self) -> Self:
         return self
@@ -113,12 +118,19 @@ class Generation:
     def close(self) -> None:
         """Remove the folder, unless the link leads to it, and give the descriptors back."""
         self.link.close()
-        if self._parent.link_target(self._name) == self._hidden:
+        if self._is_in_place():
             self._parent.disown(self._hidden)
         else:
             self._parent.remove(self._hidden)
         self.folder.close()
         self._parent.close()
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the link leads to it, or may do so: then it must stay."""
+        for _ in range(2):  # one failure may pass
+            with contextlib.suppress(OSError):
+                return self._parent.link_target(self._name) == self._hidden
+        return True
 
 
 def remove_earlier(path: str) -> None:

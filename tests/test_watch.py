@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
+import itertools
 import json
 import os
 import pty
@@ -18,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from attestor import InputError
+from attestor import InputError, OutputError
 from attestor_commands.inject.fields import json_schema
 from attestor_commands.inject.manifest import parse
+from attestor_commands.placement import Placement
+from attestor_io import folder, signals
 from nitrosim.kms import REGION
 from tests.conftest import OPERATOR, PATIENCE, Run, wait_until
 
@@ -288,6 +292,39 @@ def test_a_refresh_that_fails_changes_nothing(bench: Bench) -> None:
         assert watched.expect("SIGHUP")["files"] == ["new a", "new b"]
         assert watched.end() == 7
         assert watched.outcome() == (7, "")  # one line a minute is enough
+
+
+def test_credentials_are_looked_for_anew(bench: Bench) -> None:
+    """As a parent renews them in a file."""
+    found = bench.enclave.world.kms.credentials
+    variables = {
+        "aws_access_key_id": found.access_key,
+        "aws_secret_access_key": found.secret_key,
+        "aws_session_token": found.token,
+    }
+    file = bench.folder / "credentials"
+
+    def renew(**other: str) -> None:
+        lines = [f"{name} = {value}\n" for name, value in {**variables, **other}.items()]
+        new = bench.folder / "new-credentials"
+        new.write_text("[default]\n" + "".join(lines))
+        new.rename(file)
+
+    for name in variables:
+        del bench.enclave.environment[name.upper()]
+    bench.enclave.environment["AWS_SHARED_CREDENTIALS_FILE"] = str(file)
+    renew()
+    bench.set(on_change="SIGHUP").secret("a", "old")
+    with bench.watch(str(bench.run / "a")) as watched:
+        watched.expect("started")
+        renew(aws_secret_access_key="expired")
+        bench.source("a", "new")
+        line = watched.read_line(watched.process.stderr).decode()
+        assert line.startswith("attestor: warning: refresh failed with status 4, and nothing was")
+        assert "expired" not in line
+        renew()
+        assert watched.expect("SIGHUP")["files"] == ["new"]
+        assert watched.end() == 7
 
 
 def test_a_target_that_cannot_be_replaced(bench: Bench) -> None:
@@ -585,6 +622,81 @@ def test_a_generation_that_fails_is_none(bench: Bench) -> None:
         assert run.status == 126, run.err
         assert generations(bench) == [os.readlink(link)] == [before]
         assert [(link / name).read_text() for name in "ab"] == ["old", "old"]
+
+
+def test_a_file_system_that_can_do_little(bench: Bench) -> None:
+    """Neither unnamed files nor an exchange of names."""
+    link = generation(bench, ["a", "b"])
+    bench.write()
+    program = (
+        "import attestor, errno, os\n"
+        "from attestor_io import folder\n"
+        "def refuse(*_):\n"
+        "    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))\n"
+        "folder._exchange = refuse\n"
+        "isdir = os.path.isdir\n"
+        "os.path.isdir = lambda path: path != '/proc/self/fd' and isdir(path)\n"
+        "attestor.main()"
+    )
+    for plaintext in ("old", "new"):
+        bench.source("a", plaintext)
+        command = (sys.executable, "-c", program, "inject", "--force", "m.toml")
+        assert bench.enclave.run(*command) == DONE
+        assert [(link / name).read_text() for name in "ab"] == [plaintext, "old"]
+        assert generations(bench) == [os.readlink(link)]
+
+
+def write_generation(link: Path, text: str) -> None:
+    """Write one of two files that hold this text, in this process."""
+    with Placement() as placement:
+        placement.begin_generation(str(link), force=True, keeps=False)
+        for name in "ab":
+            file = placement.add(f"{link}/{name}", force=True, in_generation=True)
+            file.append(text.encode())
+            file.seal()
+        placement.place()
+
+
+SYSTEM_CALLS: Final = "mkdir open symlink readlink listdir link rename unlink rmdir".split()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("function", [*SYSTEM_CALLS, "stat", "fstat", "fsync", "fchmod"])
+def test_whatever_fails_a_generation_is_the_old_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, *, exchange: bool
+) -> None:
+    """Each call of the function fails once; an error of ours says so, or it did not matter."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    if not exchange:
+        monkeypatch.setattr(folder, "_exchange", refuse)
+    link = tmp_path / "now"
+    write_generation(link, "0")
+    signals.owner.leave()
+    original, calls = getattr(os, function), 0
+    text = "0"
+    for number in itertools.count(1):
+        calls = 0
+
+        def fail_once(*args: Any, number: int = number, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, function, fail_once)
+            with contextlib.suppress(OutputError):
+                write_generation(link, str(number))
+                text = str(number)
+            signals.owner.leave()
+        assert [(link / name).read_text() for name in "ab"] == [text, text]
+        if calls < number:
+            break
+    assert set(os.listdir(tmp_path)) == {"now", os.readlink(link)}
 
 
 def test_what_is_no_link_is_not_replaced(bench: Bench) -> None:
