@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 CC ?= cc
 
 .PHONY: help demo test coverage lint bench chaos libnsm wheels wheels-test foreign-test sbom sbom-tools audit image eif \
-	vm-test sdk-test terraform-test lock clean
+	nitrosim-image vm-test sdk-test terraform-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -29,6 +29,7 @@ help:
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
 	@echo 'make sbom    the bill of materials of that image, in dist/'
 	@echo 'make eif     an enclave image file of it; EIF_FLAGS names a kernel (enclave/build-eif --help)'
+	@echo 'make nitrosim-image build the image of containers/nitrosim, and try it (as make image)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
 	@echo 'make sdk-test call attestor serve from SDKs for Go and JavaScript (needs go, node and npm)'
 	@echo 'make terraform-test validate enclave/terraform against the provider (needs tofu or terraform, and their registry)'
@@ -64,7 +65,7 @@ lint: $(READY)
 # import-linter reads packages alone: in this folder the script is one
 IMPORTS := .cache/imports
 
-SCRIPTS := .ci/run nitrosim/demo.sh patches/build-libnsm release/build-wheels tests/eif_judge/build tests/foreign/run tests/vm/run tests/vm/init tests/vm/program \
+SCRIPTS := .ci/run containers/nitrosim/build nitrosim/demo.sh patches/build-libnsm release/build-wheels tests/eif_judge/build tests/foreign/run tests/vm/run tests/vm/init tests/vm/program \
 	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
 	enclave/terraform/user-data.sh \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
@@ -115,6 +116,9 @@ image:
 
 eif: $(DEMO_READY) image
 	enclave/build-eif --force --image attestor-enclave $(EIF_FLAGS) .cache/image/attestor-enclave.eif
+
+nitrosim-image:
+	containers/nitrosim/build --try
 
 vm-test:
 	tests/vm/run
