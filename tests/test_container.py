@@ -82,7 +82,7 @@ def test_the_context_holds_what_the_distribution_is_built_of() -> None:
         project["project"]["readme"],
         *project["project"]["license-files"],
     }
-    hatch = project["tool"]["hatch"]["build"]
+    hatch = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     built_of |= {*hatch["only-include"], "bin", "patches", "requirements"}
     assert taken == built_of
     assert all((ROOT / name).exists() for name in taken)

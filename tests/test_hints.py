@@ -237,6 +237,9 @@ NOTHING_TO_RUN: Final = {
          ("a plaintext there is the parent's to read: store what attestor encrypt writes, "
           "in base64")),
         ("it goes on until a signal comes: tests/test_serve.py", "give --socket FILE, or --port N"),
+        ("tests/test_watch.py has what it speaks of",
+         "every file must be right in it: all of them are replaced at once",
+         'on_change = "restart" starts it again; a target can change beside it'),
         ("tests/test_output.py has a terminal", "name a file, or pipe it into a program"),
         ("test_what_fits",
          "the first {} of {} binds fit: use another key for the rest",
