@@ -9,6 +9,7 @@ bounded by the frame length.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attestor import drop_unset
 from attestor_commands.versions import VERSION, fault_of
+from attestor_io.background import IdleWorker
 from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
 from attestor_io.names import is_pinned, is_same_key, key_arn_here, key_arn_region
 from attestor_io.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from concurrent.futures import Future
 
     from attestor import Binding, Kms
     from attestor_io.reading import Readable
@@ -51,6 +54,7 @@ FRAME_LENGTH: Final = 1 << 20  # of the messages we write
 FRAME_MAX: Final = 16 << 20  # of the messages we read; the body, where there are no frames
 DATA_KEYS_MAX: Final = 10
 _CHUNK: Final = 1 << 20
+_WORTH_WAKING: Final = 1 << 16  # bytes to hash, for the thread that does it
 _ALGORITHM: Final = AlgorithmSuite.AES_256_GCM_HKDF_SHA512_COMMIT_KEY_ECDSA_P384
 _RESERVED: Final = "aws-crypto-"  # encryption context, AWS Encryption SDK message format reference
 
@@ -99,6 +103,8 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
     )
     try:
         size = stream.header.frame_length or _CHUNK
+        if stream.verifier is not None:
+            stream.verifier = _HashedBeside(stream.verifier)
         while piece := stream.read(size):
             yield piece
         stream.close()  # fails if the footer was not read
@@ -120,6 +126,51 @@ def _verified(message: Readable, materials: CryptoMaterialsManager) -> Iterator[
         io.IOBase.close(stream)
     if message.read(1):
         raise NotAuthenticError("message of the AWS Encryption SDK has bytes behind its end")
+
+
+_hasher: Final = functools.cache(IdleWorker)
+"""One thread for all messages of this process: an enclave has few cores."""
+
+
+class _HashedBeside:
+    """The package's verifier, fed by another thread: SHA-384 of a message takes as long as all
+    the rest of it, and needs no lock of Python's.
+
+    One frame at most waits while the next is read, so that memory stays bounded.
+    """
+
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._hashing: Future[None] | None = None
+
+    def update(self, data: bytes) -> None:
+        """Take what the signature covers, in order."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size >= _WORTH_WAKING:
+            self._hash()
+
+    def verify(self, signature: bytes) -> None:
+        """Verify the signature over all of it; raises what the package's verifier does."""
+        self._hash()
+        self._wait()
+        self._verifier.verify(signature)
+
+    def _hash(self) -> None:
+        self._wait()
+        pieces, self._pieces, self._size = self._pieces, [], 0
+
+        def update() -> None:
+            for piece in pieces:
+                self._verifier.update(piece)
+
+        self._hashing = _hasher().submit(update)
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
 
 
 @dataclass(frozen=True, slots=True)
