@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import Enclave
 
-CHANGES: Final = 200 if os.environ.get("ATTESTOR_EXHAUSTIVE") else 12
+CHANGES: Final = 200 if os.environ.get("ATTESTOR_EXHAUSTIVE") else 8
 DONE: Final = Run(0, b"", "")
 
 # A program that says what it finds at its start and at each signal, one JSON object a line: the
@@ -697,6 +697,17 @@ def test_whatever_fails_a_generation_is_the_old_or_the_new_one(
         if calls < number:
             break
     assert set(os.listdir(tmp_path)) == {"now", os.readlink(link)}
+
+
+def test_a_receipt_beside_a_generation(bench: Bench) -> None:
+    """Never in it: it would go with the next one."""
+    link = generation(bench, ["a"])
+    assert bench.inject("--receipt", "receipt.json") == DONE
+    receipt = json.loads((bench.folder / "receipt.json").read_text())
+    assert receipt["entries"][0]["target"] == str(link / "a")
+    run = bench.inject("--force", "--receipt", str(link / "receipt.json"))
+    assert run.status == 2
+    assert run.error == f"receipt {link}/receipt.json is in generation_folder {link}"
 
 
 def test_what_is_no_link_is_not_replaced(bench: Bench) -> None:

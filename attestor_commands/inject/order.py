@@ -32,8 +32,15 @@ class Order(NamedTuple):
     def manifest(self) -> Manifest:
         """The manifest, with the values that its variables have now; raises as `parse` does."""
         manifest = parse(self.text, self.settings, os.environ, self.addresses, self.host_vsock)
-        if self.receipt is not None and real_path(self.receipt) in {
-            real_path(place.name) for place in manifest.files
-        }:
-            raise InputError(f"receipt {self.receipt} is a target too")
+        if self.receipt is not None:
+            _check_receipt(self.receipt, manifest)
         return manifest
+
+
+def _check_receipt(receipt: str, manifest: Manifest) -> None:
+    """Refuse one that would be a target's, or go with a generation."""
+    if real_path(receipt) in {real_path(place.name) for place in manifest.files}:
+        raise InputError(f"receipt {receipt} is a target too")
+    folder = manifest.generation_folder
+    if folder is not None and real_path(os.path.dirname(receipt)) == real_path(folder):
+        raise InputError(f"receipt {receipt} is in generation_folder {folder}")
