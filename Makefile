@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 CC ?= cc
 
 .PHONY: help demo test coverage lint bench chaos libnsm wheels wheels-test foreign-test sbom sbom-tools audit image eif \
-	nitrosim-image vm-test sdk-test terraform-test lock clean
+	nitrosim-image vm-test eif-test sdk-test terraform-test lock clean
 
 help:
 	@echo 'make demo    decrypt a secret with the simulated enclave and KMS'
@@ -28,9 +28,10 @@ help:
 	@echo 'make audit   look up the locked packages among the known vulnerabilities'
 	@echo 'make image   build the enclave image of Dockerfile.enclave (needs root, buildah, debootstrap)'
 	@echo 'make sbom    the bill of materials of that image, in dist/'
-	@echo 'make eif     an enclave image file of it; EIF_FLAGS names a kernel (enclave/build-eif --help)'
+	@echo 'make eif     an enclave image file of it, with a kernel of Debian or what EIF_FLAGS names (enclave/build-eif --help)'
 	@echo 'make nitrosim-image build the image of containers/nitrosim, and try it (as make image)'
 	@echo 'make vm-test boot that image in a virtual machine and test it there (needs qemu as well)'
+	@echo 'make eif-test boot enclave image files in the nitro-enclave machine of QEMU, which it builds (as make image)'
 	@echo 'make sdk-test call attestor serve from SDKs for Go and JavaScript (needs go, node and npm)'
 	@echo 'make terraform-test validate enclave/terraform against the provider (needs tofu or terraform, and their registry)'
 	@echo 'make lock    renew requirements/ (needs uv)'
@@ -65,7 +66,8 @@ lint: $(READY)
 # import-linter reads packages alone: in this folder the script is one
 IMPORTS := .cache/imports
 
-SCRIPTS := .ci/run containers/nitrosim/build nitrosim/demo.sh patches/build-libnsm release/build-wheels tests/eif_judge/build tests/foreign/run tests/vm/run tests/vm/init tests/vm/program \
+SCRIPTS := .ci/run containers/nitrosim/build nitrosim/demo.sh patches/build-libnsm release/build-wheels \
+	$(addprefix tests/,eif_judge/build foreign/run vm/run vm/init vm/program eif_vm/run eif_vm/scenario eif_vm/program) \
 	$(addprefix enclave/,assemble build-eif build-image buildah.sh entrypoint.sh) \
 	enclave/terraform/user-data.sh \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
@@ -114,7 +116,8 @@ sbom: $(RELEASE_READY)
 image:
 	enclave/build-image $(IMAGE_FLAGS)
 
-eif: $(DEMO_READY) image
+eif: $(DEMO_READY)
+	enclave/build-image $(if $(filter --kernel --blobs,$(EIF_FLAGS)),,--kernel) $(IMAGE_FLAGS)
 	enclave/build-eif --force --image attestor-enclave $(EIF_FLAGS) .cache/image/attestor-enclave.eif
 
 nitrosim-image:
@@ -122,6 +125,10 @@ nitrosim-image:
 
 vm-test:
 	tests/vm/run
+
+# QEMU and the device of its vsock are built once, and kept in .cache
+eif-test: $(READY) transport
+	tests/eif_vm/run
 
 sdk-test: $(READY) transport
 	$(BIN)/python -m pytest -m sdks

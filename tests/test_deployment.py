@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from attestor_commands.inject.manifest import parse
 from keypolicy import measurements, pcr_of_certificate
 from tests.conftest import ROOT, Run
+from tests.test_enclave_build import image as oci_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -425,6 +426,73 @@ def test_an_image_that_would_start_without_the_entrypoint(
     assert host.calls("docker") == [
         ["image", "inspect", "--format", "{{json .Config.Cmd}}", "app:1"]
     ]
+
+
+def other_way(host: Host) -> dict[str, str]:
+    """What the other way wants, and its PCRs: an image of docker's, and the folder of nitro-cli."""
+    blobs = host.folder / "blobs"
+    blobs.mkdir()
+    for name in ("bzImage", "Image", "init", "cmdline"):
+        (blobs / name).write_text(name)
+    layers: list[dict[str, Any]] = [{"bin/app": b"app"}]
+    oci_archive(str(host.folder / "saved"), layers, {"Cmd": ["/bin/app"]})
+    host.stand_in("docker", f'[ "$2" = save ] && cp {host.folder}/saved "$4"')
+    host.environment["NITRO_CLI_BLOBS"] = str(blobs)
+    options = ("--root", "saved", "--blobs", "blobs", "ours.eif")
+    assert host.command(str(ENCLAVE / "build-eif"), *options).status == 0
+    found = json.loads((host.folder / "ours.json").read_text())["Measurements"]
+    for name in ("ours.eif", "ours.json"):
+        (host.folder / name).unlink()
+    return {name: found[name] for name in PCR}
+
+
+def test_two_ways_that_differ(host: Host) -> None:
+    ours = other_way(host)
+    host.builder()
+    before = host.names()
+    run = host.run("build-eif", "--compare", "app:1", "app.eif")
+    assert run.status == 0, run.err
+    for name, value in PCR.items():
+        assert f"{name}: {value} by nitro-cli, {ours[name]} by enclave/build-eif\n" in run.err
+    assert "lets in what was built the one way, and not what was the other" in run.err
+    assert measurements(run.out)[0].hex() == PCR["PCR0"]
+    assert host.names() - before == {"app.eif", "app.json", "docker.calls", "nitro-cli.calls"}
+
+
+def test_two_ways_that_agree(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_deployment.PCR", other_way(host))
+    host.builder()
+    run = host.run("build-eif", "--compare", "app:1", "app.eif")
+    assert run.status == 0, run.err
+    assert run.err.count("the same both ways") == 3
+    assert "lets in" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("broken", "status", "message"),
+    [
+        ("docker", 2, "docker is missing: --compare wants it"),
+        ("blobs", 2, "blobs is missing, of which --compare takes the kernel"),
+        ("saved", 1, "enclave/build-eif failed (see above), so that the two ways cannot"),
+    ],
+)
+def test_two_ways_of_which_one_is_not_possible(
+    host: Host, broken: str, status: int, message: str
+) -> None:
+    other_way(host)
+    host.builder()
+    if broken == "saved":
+        (host.folder / "saved").write_bytes(b"no archive")
+    elif broken == "blobs":
+        shutil.rmtree(host.folder / broken)
+    else:
+        (host.tools / broken).unlink()
+        if shutil.which("docker", path="/usr/bin:/bin"):
+            pytest.skip("this machine has docker where every tool is")
+    run = host.run("build-eif", "--compare", "app:1", "app.eif")
+    assert run.status == status
+    assert message in run.err
+    assert not {"app.eif", "app.json"} & host.names()
 
 
 def test_the_next_command_is_one(host: Host) -> None:

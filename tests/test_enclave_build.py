@@ -266,10 +266,10 @@ def test_a_ramdisk_that_cannot_be(
 # ---- images
 
 
-def build(*arguments: str, status: int = 0) -> str:
+def build(*arguments: str, status: int = 0, by: Path = BUILD) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = subprocess.run(
-        [BUILD, *arguments],
+        [by, *arguments],
         capture_output=True,
         check=False,
         text=True,
@@ -334,6 +334,54 @@ def test_an_image_with_a_kernel_of_ones_own(folder: Path) -> None:
     assert first["init"].mode == stat.S_IFREG | 0o755
 
 
+def kernel_archive(path: str, **left_out: bool) -> None:
+    """What `enclave/build-image --kernel` makes."""
+    members: dict[str, Any] = {
+        "./vmlinuz": b"Debian's kernel",
+        "./cmdline": b"reboot=k\n",
+        "./init": b"\x7fELF",
+        "./modules/100-virtio_mmio.ko": b"first",
+        "./modules/101-nsm.ko": b"second",
+    }
+    for name in left_out:
+        del members[f"./{name}"]
+    archive(path, members)
+
+
+def test_an_image_with_the_kernel_of_debian(folder: Path) -> None:
+    kernel_archive("kernel.tar")
+    options = ["--root", "root", "--kernel", "kernel.tar", *COMMAND]
+    assert build(*options, "one.eif") == build(*options, "two.eif")
+    assert Path("one.eif").read_bytes() == Path("two.eif").read_bytes()
+    first, _ = ramdisks("one.eif")
+    names = ["init", "modules", "modules/100-virtio_mmio.ko", "modules/101-nsm.ko"]
+    assert list(first) == names
+    assert first["modules/101-nsm.ko"].data == b"second"
+    with Path("one.eif").open("rb") as file:
+        assert read(file).command_line == b"reboot=k"
+    build(*options, "--cmdline", "quiet", "three.eif")
+    with Path("three.eif").open("rb") as file:
+        assert read(file).command_line == b"quiet"
+
+
+def test_the_kernel_of_debian_is_the_default(folder: Path) -> None:
+    """It lies where `enclave/build-image --kernel` leaves it; without it, that is what is said."""
+    shutil.copytree(BUILD.parent, "copy/enclave")
+    options = ["--root", "root", *COMMAND]
+    build_copy = Path("copy/enclave/build-eif").absolute()
+    assert "enclave/build-image --kernel makes it" in build(
+        *options, "a.eif", status=2, by=build_copy
+    )
+    Path("copy/.cache/image").mkdir(parents=True)
+    kernel_archive("copy/.cache/image/attestor-kernel.tar")
+    assert build(*options, "a.eif", by=build_copy) == build(
+        *options, "--kernel", "copy/.cache/image/attestor-kernel.tar", "b.eif"
+    )
+    kernel_archive("copy/.cache/image/attestor-kernel.tar", init=True)
+    assert "is not what enclave/build-image" in build(*options, "c.eif", status=1, by=build_copy)
+    assert not Path("c.eif").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "status", "part"),
     [
@@ -341,8 +389,10 @@ def test_an_image_with_a_kernel_of_ones_own(folder: Path) -> None:
         (["--root", "root", "--blobs", "blobs", *COMMAND, "app"], 2, "a name that ends in .eif"),
         (["--blobs", "blobs", "app.eif"], 2, "one of --root and --image is needed"),
         (["--root", "root", "--image", "x", "app.eif"], 2, "one of --root and --image is needed"),
-        (["--root", "root", "app.eif"], 2, "either --blobs, or --kernel and --cmdline"),
-        (["--root", "root", "--kernel", "k", "app.eif"], 2, "either --blobs, or --kernel and --c"),
+        (["--root", "root", "--kernel", "k", "app.eif"], 2, "--kernel FILE wants --cmdline"),
+        (["--root", "root", "--kernel", "k", "--blobs", "b", "app.eif"], 2, "not both"),
+        (["--root", "root", "--module", "m", "app.eif"], 2, "--module goes with --kernel FILE"),
+        (["--root", "root", "--kernel", "no.tar", "app.eif"], 2, "no.tar is not there"),
         (["--root", "root", "--blobs", "blobs", "app.eif"], 1, "no command to start"),
         (["--root", "root", "--blobs", "root", *COMMAND, "app.eif"], 1, "first ramdisk cannot be"),
         (["--root"], 2, "--root wants a value"),

@@ -3,8 +3,8 @@
  * then the container of the second ramdisk.
  *
  * What nitro-cli lays out is what is expected here: the root of the container in /rootfs, what to start in /cmd and its
- * environment in /env, a word a line. Modules lie in /modules and are loaded in the order of their names. Everything is
- * said on the console, which a production enclave does not have; whatever fails before the container runs ends the
+ * environment in /env, a word a line. Modules lie in /modules and are loaded in the order of their names; to our own,
+ * virtio_mmio_devices, go the devices that the kernel's command line has for virtio_mmio. Everything is said on the console, which a production enclave does not have; whatever fails before the container runs ends the
  * enclave.
  */
 #define _GNU_SOURCE
@@ -27,7 +27,7 @@
 
 #include <linux/vm_sockets.h>
 
-enum { PARENT = 3, HEARTBEAT_PORT = 9000, HEARTBEAT = 0xb7, PATIENCE = 30, WORDS_MAX = 1024, TEXT_MAX = 1 << 18 };
+enum { PARENT = 3, HEARTBEAT_PORT = 9000, HEARTBEAT = 0xb7, PATIENCE = 30, WORDS_MAX = 1024, TEXT_MAX = 1 << 18, COMMAND_LINE_MAX = 1 << 13 };
 
 static void end(void) {
     sync();
@@ -56,13 +56,44 @@ static void mount_on(const char *type, const char *target, unsigned long flags, 
         fail("mount", target);
 }
 
+/* All of a file, as a string. */
+static char *contents(const char *path, char *text, size_t room) {
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    size_t size = 0;
+    ssize_t part;
+    if (file < 0)
+        fail("open", path);
+    while ((part = read(file, text + size, room - size)) > 0)
+        size += part;
+    if (part < 0 || size == room) {
+        errno = part < 0 ? errno : EFBIG;
+        fail("read", path);
+    }
+    close(file);
+    text[size] = '\0';
+    return text;
+}
+
+/* What the kernel's command line says to the driver virtio_mmio, as parameters of a module. */
+static const char *devices(void) {
+    static const char driver[] = "virtio_mmio.";
+    static char text[COMMAND_LINE_MAX], found[COMMAND_LINE_MAX];
+    char *end = found;
+    contents("/proc/cmdline", text, sizeof text);
+    for (char *word = strtok(text, " \n"); word; word = strtok(NULL, " \n"))
+        if (!strncmp(word, driver, sizeof driver - 1))
+            end += sprintf(end, "%s ", word + sizeof driver - 1); /* shorter than where it came from */
+    return found;
+}
+
 static void load(const char *name) {
     char path[300];
     snprintf(path, sizeof path, "/modules/%s", name);
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0)
         fail("open", path);
-    if (syscall(SYS_finit_module, file, "", 0) && errno != EEXIST)
+    const char *parameters = strstr(name, "virtio_mmio_devices") ? devices() : "";
+    if (syscall(SYS_finit_module, file, parameters, 0) && errno != EEXIST)
         fail("load", path);
     close(file);
 }
@@ -99,18 +130,8 @@ static char **words_of(const char *path) {
     static char texts[2][TEXT_MAX + 1];
     static char *words[2][WORDS_MAX + 1];
     static int used;
-    char *text = texts[used], **word = words[used++];
-    int file = open(path, O_RDONLY | O_CLOEXEC), count = 0;
-    ssize_t part, size = 0;
-    if (file < 0)
-        fail("open", path);
-    while ((part = read(file, text + size, TEXT_MAX - size)) > 0)
-        size += part;
-    if (part < 0 || size == TEXT_MAX) {
-        errno = part < 0 ? errno : EFBIG;
-        fail("read", path);
-    }
-    close(file);
+    char **word = words[used], *text = contents(path, texts[used++], sizeof texts[0]);
+    int count = 0;
     for (char *line = text, *stop; (stop = strchr(line, '\n')); line = stop + 1) {
         *stop = '\0';
         if (count == WORDS_MAX) {
