@@ -85,7 +85,8 @@ _OLDEST: Final = 16
 _UNRESTRICTED_IOCTL: Final = 1  # CUSE_UNRESTRICTED_IOCTL
 _RETRY: Final = 4  # FUSE_IOCTL_RETRY
 _DIRECT_IO: Final = 1  # FOPEN_DIRECT_IO
-_TRANSFER_MAX: Final = 4096  # of read and write, which the device has not; the kernel's least
+# of read and write: more than a TPM takes, so that a command too long for it comes in one piece
+_TRANSFER_MAX: Final = 8192
 _MESSAGE_MAX: Final = (
     1 << 16
 )  # bytes, more than header, arguments, struct nsm_raw and a request; the kernel asks for 8192

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 U64: Final = 2**64 - 1
 INIT_BODY: Final = cuse.INIT_IN.pack(7, 39, 0, 1)
-INIT_ANSWER: Final = cuse.INIT_OUT.pack(7, 16, 0, 1, 4096, 4096, 0, 0) + b"DEVNAME=nsm\0"
+INIT_ANSWER: Final = cuse.INIT_OUT.pack(7, 16, 0, 1, 8192, 8192, 0, 0) + b"DEVNAME=nsm\0"
 
 
 class Silent(Answers):
