@@ -108,8 +108,7 @@ def carry_by(http_session: Any, way: Way) -> None:
 def govern_session(session: Any, hosts: Mapping[str, Address], deadline: Deadline) -> None:
     """Govern every client that a botocore session makes, those for its credentials too.
 
-    Hosts of these names are reached through their vsock addresses. Answers end by the deadline,
-    but for objects.
+    Hosts of these names are reached through their vsock addresses. Answers end by the deadline.
     """
 
     class Governed:
@@ -117,8 +116,7 @@ def govern_session(session: Any, hosts: Mapping[str, Address], deadline: Deadlin
 
         def __init__(self, serializer: object, endpoint: Any, *args: Any, **rest: Any) -> None:
             bound = _BOUNDS.get(endpoint._endpoint_prefix, USUAL_BOUND)
-            if not bound.objects:
-                bound = bound._replace(deadline=deadline)
+            bound = bound._replace(deadline=deadline)
             govern(endpoint.http_session, by_name(hosts), bound)
             super().__init__(serializer, endpoint, *args, **rest)  # type: ignore[call-arg]  # botocore's BaseClient
 

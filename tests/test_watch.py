@@ -26,10 +26,11 @@ from attestor_commands.inject.manifest import parse
 from attestor_commands.placement import Placement
 from attestor_io import folder, signals
 from nitrosim.kms import REGION
+from nitrosim.server import HttpsServer
 from tests.conftest import OPERATOR, PATIENCE, Run, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Self
 
     from tests.conftest import Enclave
@@ -292,6 +293,39 @@ def test_a_refresh_that_fails_changes_nothing(bench: Bench) -> None:
         assert watched.expect("SIGHUP")["files"] == ["new a", "new b"]
         assert watched.end() == 7
         assert watched.outcome() == (7, "")  # one line a minute is enough
+
+
+@pytest.mark.parametrize("scheme", ["s3", "https"])
+def test_a_source_that_drips_is_given_up(bench: Bench, scheme: str) -> None:
+    """At the deadline, with its connection and thread: each refresh would keep one more."""
+    answers: list[Iterable[bytes]] = [[bench.enclave.encrypt(b"old", node="3")]]
+    given_up = threading.Event()
+
+    def drip() -> Iterator[bytes]:
+        try:
+            while not given_up.wait(0.1):
+                yield b"\1"
+        finally:
+            given_up.set()
+
+    def serve(_: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        return answers.pop() if answers else drip()
+
+    with HttpsServer(serve) as server:
+        inside = bench.enclave.environment
+        roots = Path(inside["AWS_CA_BUNDLE"]).read_bytes() + server.ca_pem
+        inside["AWS_CA_BUNDLE"] = inside["SSL_CERT_FILE"] = bench.enclave.place(roots, "roots.pem")
+        inside["AWS_ENDPOINT_URL_S3"] = server.url
+        source = f"{server.url}/a" if scheme == "https" else "s3://bucket/a"
+        bench.set(on_change="SIGHUP", timeout=6).secret("a", "", source=source)
+        with bench.watch(str(bench.run / "a")) as watched:
+            assert watched.expect("started")["files"] == ["old"]
+            line = watched.read_line(watched.process.stderr).decode()
+            assert "refresh failed with status 5" in line
+            assert line.endswith("not done within 6 seconds\n")
+            assert given_up.wait(PATIENCE)
+            assert watched.end() == 7
 
 
 def test_credentials_are_looked_for_anew(bench: Bench) -> None:

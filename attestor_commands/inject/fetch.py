@@ -15,7 +15,13 @@ from attestor_commands.inject.sources import Sources, Stream
 from attestor_commands.placement import Placement
 from attestor_commands.versions import VERSION, number_of
 from attestor_io.ciphertext import BASE64_KEY, head_size, is_symmetric, take_ciphertext
-from attestor_io.errors import AttestorError, InputError, NotAuthenticError, RefusedError
+from attestor_io.errors import (
+    AttestorError,
+    InputError,
+    NotAuthenticError,
+    RefusedError,
+    UnreachableError,
+)
 from attestor_io.progress import Progress
 from attestor_io.reading import Message
 from attestor_io.urls import without_query
@@ -179,6 +185,7 @@ class _Injector:
             manifest.https_ca_bundle,
             manifest.s3_vsock,
             manifest.host_vsock,
+            manifest.deadline,
             size=manifest.concurrency,
         )
         self._progress = Progress("written", len(manifest.entries), shows=shows_progress)
@@ -210,6 +217,8 @@ class _Injector:
                 outcome = fill(entry, stream, filling)
             target.seal()
         except AttestorError as error:
+            if isinstance(error, UnreachableError) and not self._manifest.deadline.left:
+                raise self._manifest.deadline.passed("not done") from error  # as `run` says it
             if str(entry.place) not in str(error):
                 error.args = (f"{entry.place}: {error}",)
             raise

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
+    from attestor_io.deadline import Deadline
     from attestor_io.vsock import Address
 
 _REDIRECTS_MAX: Final = 3
@@ -77,7 +78,7 @@ class Sources:
     """Opens sources; clients and connections are made once and kept. Thread-safe.
 
     `ca_bundle` is for hosts of AWS, `https_ca_bundle` for all others; None leaves it to the
-    environment.
+    environment. Answers end by the deadline.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class Sources:
         https_ca_bundle: str | None,
         s3_vsock: Address | None,
         host_vsock: Mapping[str, Address],
+        deadline: Deadline,
         size: int,
     ) -> None:
         self._session, self._region, self._s3_vsock = session, region, s3_vsock
-        self._host_vsock = host_vsock
+        self._host_vsock, self._deadline = host_vsock, deadline
         self._ca_bundle, self._https_ca_bundle = ca_bundle, https_ca_bundle
         self._connections = size
         self._lock = threading.Lock()
@@ -202,7 +204,9 @@ class Sources:
                     retries=urllib3.Retry(connect=2, read=0, redirect=0, status=0, other=0),
                 )
                 pool.pool_classes_by_scheme = governed_pools(
-                    pool.pool_classes_by_scheme, by_name(self._host_vsock), OBJECTS_BOUND
+                    pool.pool_classes_by_scheme,
+                    by_name(self._host_vsock),
+                    OBJECTS_BOUND._replace(deadline=self._deadline),
                 )
                 self._pools[aws] = pool
             return self._pools[aws]
