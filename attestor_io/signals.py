@@ -54,6 +54,17 @@ def end_by(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
+def stop() -> None:
+    """Stop the process as SIGTSTP does, so that whoever started it can go on with it by SIGCONT.
+
+    In a process group that nobody could go on with, such as that of a terminal's first process, the
+    kernel does not stop anybody by SIGTSTP (setpgid(2)): SIGSTOP would, and for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+    signal.pthread_kill(threading.get_ident(), signal.SIGTSTP)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Interrupted(BaseException):
     """A signal that came before the point of no return; no `except Exception` must swallow it."""
 
@@ -201,7 +212,7 @@ class SignalOwner:
         """Whether a signal ends the process now, once no names are being changed."""
         if number in _HARMLESS:
             if number == signal.SIGTSTP:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                stop()
             return False
         with self._changed:
             self._taken = number

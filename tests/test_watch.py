@@ -508,7 +508,7 @@ def test_on_change_none(bench: Bench) -> None:
 def test_signals_are_passed_on(bench: Bench) -> None:
     bench.secret("a", "x")
     numbers = "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGWINCH".split()
-    with bench.watch() as watched:
+    with bench.watch(process_group=0) as watched:  # as a shell that could go on with it starts it
         watched.expect("started")
         for name in numbers:
             watched.process.send_signal(signal.Signals[name])
@@ -521,19 +521,38 @@ def test_signals_are_passed_on(bench: Bench) -> None:
         assert watched.end() == 7
 
 
+# makes the terminal at its standard input that of its session, which it leads
+LEADS: Final = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+LEADER: Final = (sys.executable, "-c", f"{LEADS}os.execv(sys.argv[1], sys.argv[1:])")
+
+
 def test_a_terminal_s_signals_come_once(bench: Bench) -> None:
     """Which sends them to the program itself."""
     bench.secret("a", "x")
     master, slave = pty.openpty()
-    script = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv("
-    script += "sys.argv[1], sys.argv[1:])"
-    wrapper = (sys.executable, "-c", script)
-    with bench.watch(stdin=slave, wrapper=wrapper, start_new_session=True) as watched:
+    with bench.watch(stdin=slave, wrapper=LEADER, start_new_session=True) as watched:
         os.close(slave)
         watched.expect("started")
         os.write(master, b"\x03")
         watched.expect("SIGINT")
         watched.process.send_signal(signal.SIGUSR1)
+        watched.expect("SIGUSR1")
+        assert watched.end() == 7
+    os.close(master)
+
+
+def test_nobody_stops_whom_nobody_could_go_on_with(bench: Bench) -> None:
+    """The first process of a terminal: of its process group the kernel stops nobody, either."""
+    bench.secret("a", "x")
+    master, slave = pty.openpty()
+    with bench.watch(stdin=slave, wrapper=LEADER, start_new_session=True) as watched:
+        os.close(slave)
+        watched.expect("started")
+        os.write(master, b"\x1a")
+        watched.process.send_signal(signal.SIGTSTP)
+        os.write(master, b"\x03")  # once SIGTSTP has been taken
+        watched.expect("SIGINT")
+        watched.process.send_signal(signal.SIGUSR1)  # which one that is stopped passes on to nobody
         watched.expect("SIGUSR1")
         assert watched.end() == 7
     os.close(master)

@@ -205,7 +205,7 @@ class Watch:
         if not (code == _KERNEL and number in _OF_TERMINAL):
             self._send(number)
         if number == signal.SIGTSTP:  # whoever stops the program means both
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signals.stop()
 
     @property
     def _is_ending(self) -> bool:
