@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn, Self
 
+    from attestor_io.folder import Folder
     from attestor_io.generation import Generation
 
 _T = TypeVar("_T")
@@ -46,6 +47,7 @@ class Placement:
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._files: list[SecretFile] = []
+        self._folders: list[tuple[str, Folder]] = []
         self._generation: Generation | None = None
         self._lock = threading.Lock()
         self._left = False
@@ -60,6 +62,7 @@ class Placement:
 
         generation = Generation(path, force=force, keeps=keeps)
         self._generation = self._stack.enter_context(generation)
+        self._folders += [(path, generation.parent), (path, generation.link.folder)]
 
     def add(
         self,
@@ -74,7 +77,14 @@ class Placement:
         inside = self._generation.folder if self._generation and in_generation else None
         file = SecretFile(path, force=force, mode=mode, owner=owner, inside=inside)
         self._files.append(self._stack.enter_context(file))
+        if inside is None:
+            self._folders.append((path, file.folder))
         return file
+
+    @property
+    def folders(self) -> Sequence[tuple[str, Folder]]:
+        """Every path that was given, and the folder that it led to; open as long as the context."""
+        return self._folders
 
     def close_later(self, resource: Closable) -> None:
         """Close this as well when the context is left."""

@@ -104,6 +104,11 @@ class Generation:
                         return name
         raise FileNotFoundError(errno.ENOENT, "other commands remove what is made there")
 
+    @property
+    def parent(self) -> Folder:
+        """The folder that it is in, open until it is closed."""
+        return self._parent
+
     def __enter__(self) -> Self:
         return self
 

@@ -194,6 +194,11 @@ class SecretFile:
         """Whether what had the name before is still there, under a hidden one."""
         return self._old != ""
 
+    @property
+    def folder(self) -> Folder:
+        """The folder that it comes into, open until the file is closed."""
+        return self._folder
+
     def take_name(self) -> None:
         """Give the file its name, durably; what had it before keeps a hidden one."""
         with self._errors_translated():

@@ -378,6 +378,45 @@ def test_a_target_that_cannot_be_replaced(bench: Bench) -> None:
         assert watched.end() == 7
 
 
+def test_a_folder_that_the_program_has_swapped(bench: Bench) -> None:
+    """One without privileges could lead root's refresh into any folder."""
+    link = generation(bench, ["a"])
+    bench.set(on_change="SIGHUP")
+    with bench.watch(str(link / "a")) as watched:
+        watched.expect("started")
+        elsewhere = bench.folder / "elsewhere"
+        elsewhere.mkdir()
+        moved = bench.run.rename(bench.folder / "moved")
+        bench.run.symlink_to(elsewhere)
+        bench.source("a", "new")
+        line = watched.read_line(watched.process.stderr).decode()
+        assert "refresh failed with status 7" in line
+        assert line.endswith(f"{link} is in another folder than when the program started\n")
+        assert os.listdir(elsewhere) == []
+        bench.run.unlink()
+        moved.rename(bench.run)
+        assert watched.expect("SIGHUP")["files"] == ["new"]
+        assert watched.end() == 7
+
+
+@pytest.mark.parametrize("what", ["secret", "receipt"])
+def test_a_folder_of_one_file_that_was_swapped(bench: Bench, what: str) -> None:
+    bench.set(on_change="SIGHUP").secret("a", "old")
+    where = bench.run if what == "secret" else bench.folder / "receipts"
+    where.mkdir(exist_ok=True)
+    receipt = ("--receipt", str(where / "receipt")) if what == "receipt" else ()
+    with bench.watch(*receipt, "--", sys.executable, "-Ic", TELLER) as watched:
+        watched.expect("started")
+        where.rename(bench.folder / "moved")
+        where.mkdir()
+        bench.source("a", "new")
+        line = watched.read_line(watched.process.stderr).decode()
+        assert "is in another folder than when the program started" in line
+        assert os.listdir(where) == []
+        assert watched.end() == 7
+    assert (bench.folder / "moved" / ("a" if what == "secret" else "receipt")).exists()
+
+
 def test_never_an_older_version_than_the_one_in_place(bench: Bench) -> None:
     def put(plaintext: str, version: int) -> None:
         bench.enclave.place(plaintext.encode(), "plain")

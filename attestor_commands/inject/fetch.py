@@ -27,7 +27,7 @@ from attestor_io.reading import Message
 from attestor_io.urls import without_query
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -45,10 +45,12 @@ _CHUNK: Final = 1 << 20
 
 class Staying(NamedTuple):
     """How a command fetches that stays and fetches again: digests of plaintexts have this key, so
-    that nothing but a comparison can be done with them.
+    that nothing but a comparison can be done with them. `check` refuses, by an OutputError, where
+    files would come to, before anything is fetched.
     """
 
     digest_key: bytes
+    check: Callable[[Placement], None]
 
 
 class Fetched:
@@ -76,6 +78,8 @@ class Fetched:
                 )
             self.deliveries = Deliveries(manifest, self.placement, force=force)
             self._receipt = None if receipt is None else self.placement.add(receipt, force=force)
+            if staying is not None:
+                staying.check(self.placement)
             injector = _Injector(
                 manifest, kms, self.placement, staying, shows_progress=shows_progress
             )

@@ -25,7 +25,8 @@ from attestor_commands.inject.fetch import Fetched, Staying
 from attestor_commands.versions import VERSION, fault_of
 from attestor_io import signals
 from attestor_io.background import run_in_background
-from attestor_io.errors import AttestorError, InputError, RefusedError
+from attestor_io.errors import AttestorError, InputError, OutputError, RefusedError
+from attestor_io.folder import Folder
 from attestor_io.generation import remove_earlier
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from attestor_commands.inject.order import Order
     from attestor_commands.inject.places import Place
     from attestor_commands.inject.program import Program
+    from attestor_commands.placement import Placement
 
 _KERNEL: Final = 0x80  # SI_KERNEL, asm-generic/siginfo.h: a terminal's, not a process's
 # what a terminal sends to every process of its foreground, so to the program as well (termios(3))
@@ -111,12 +113,36 @@ def _not_older(entry: Entry, version: int | None) -> Entry:
     return dataclasses.replace(entry, minimum_version=minimum)
 
 
+class _Folders:
+    """The folders that everything comes into, held open since there was no program yet.
+
+    One that may write above them could lead a refresh, which may be root's, into any other: so none
+    goes there.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, int]] = {}
+        self._held: dict[tuple[int, int], Folder] = {}  # so that no other gets their numbers
+
+    def check(self, placement: Placement) -> None:
+        """Refuse folders that are others than those of the first call; raises OutputError."""
+        for path, folder in placement.folders:
+            try:
+                identity = folder.identity()
+                if identity != self._found.setdefault(path, identity):
+                    raise OutputError(f"{path} is in another folder than when the program started")
+                if identity not in self._held:
+                    self._held[identity] = Folder(".", folder)
+            except OSError as error:
+                raise OutputError(f"folder of {path} cannot be held: {error.strerror}") from error
+
+
 class Watch:
     """A program, and the secrets that it is given anew for as long as it runs."""
 
     def __init__(self, order: Order, program: Program, seconds: int) -> None:
         self._order, self._program, self._seconds = order, program, seconds
-        self._staying = Staying(os.urandom(_DIGEST_KEY))
+        self._staying = Staying(os.urandom(_DIGEST_KEY), _Folders().check)
         self._failures = Failures()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pid = 0  # of the program; 0 while there is none
