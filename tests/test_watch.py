@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -595,6 +596,23 @@ def test_nobody_stops_whom_nobody_could_go_on_with(bench: Bench) -> None:
         watched.expect("SIGUSR1")
         assert watched.end() == 7
     os.close(master)
+
+
+def test_a_standard_error_that_nobody_reads(bench: Bench) -> None:
+    """It holds up neither signals nor the end."""
+    reader, writer = os.pipe()
+    os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)))
+    bench.secret("a", "x")
+    with bench.watch(stderr=writer) as watched:
+        os.close(writer)
+        watched.expect("started")
+        (bench.folder / "a.enc").write_bytes(b"\1\2\2\0no ciphertext")
+        before = bench.enclave.world.connections
+        wait_until(lambda: bench.enclave.world.connections >= before + 3)
+        watched.process.send_signal(signal.SIGUSR1)
+        watched.expect("SIGUSR1")
+        assert watched.end() == 7
+    os.close(reader)
 
 
 def test_the_program_finds_the_signals_as_they_were(bench: Bench) -> None:

@@ -16,6 +16,7 @@ import os
 import queue
 import signal
 import time
+from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +25,7 @@ from attestor_commands.failures import Failures, unexpected
 from attestor_commands.inject.fetch import Fetched, Staying
 from attestor_commands.versions import VERSION, fault_of
 from attestor_io import signals
-from attestor_io.background import run_in_background
+from attestor_io.background import IdleWorker, run_in_background
 from attestor_io.errors import AttestorError, InputError, OutputError, RefusedError
 from attestor_io.folder import Folder
 from attestor_io.generation import remove_earlier
@@ -44,6 +45,8 @@ _KERNEL: Final = 0x80  # SI_KERNEL, asm-generic/siginfo.h: a terminal's, not a p
 _OF_TERMINAL: Final = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGWINCH})
 _ENDING: Final = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 _DIGEST_KEY: Final = 32  # bytes
+_UNSAID_MAX: Final = 16  # lines
+_MOMENT: Final = 1.0  # seconds
 
 
 @dataclasses.dataclass(slots=True)
@@ -137,13 +140,33 @@ class _Folders:
                 raise OutputError(f"folder of {path} cannot be held: {error.strerror}") from error
 
 
+class _Voice:
+    """Says what is to be said in a thread: a standard error that nobody reads, such as a full pipe,
+    must hold up neither signals nor the program's end.
+    """
+
+    def __init__(self) -> None:
+        self._worker = IdleWorker()
+        self._unsaid: list[Future[None]] = []
+
+    def do(self, say_it: Callable[[], None]) -> None:
+        """Say this after all that came before; nothing where too much waits already."""
+        self._unsaid = [one for one in self._unsaid if not one.done()]
+        if len(self._unsaid) < _UNSAID_MAX:
+            self._unsaid.append(self._worker.submit(say_it))
+
+    def has_finished(self) -> bool:
+        """Whether all has been said, which is waited for no longer than a moment."""
+        return not wait(self._unsaid, _MOMENT).not_done
+
+
 class Watch:
     """A program, and the secrets that it is given anew for as long as it runs."""
 
     def __init__(self, order: Order, program: Program, seconds: int) -> None:
         self._order, self._program, self._seconds = order, program, seconds
         self._staying = Staying(os.urandom(_DIGEST_KEY), _Folders().check)
-        self._failures = Failures()
+        self._failures, self._voice = Failures(), _Voice()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pid = 0  # of the program; 0 while there is none
         self._status: int | None = None  # of the program that ends all, negative for a signal
@@ -177,8 +200,11 @@ class Watch:
             if self._pid:  # a bug of ours: nobody would be left to pass signals on
                 self._send(signal.SIGTERM)
             self._finish(manifest)
+        said = self._voice.has_finished()
         if self._status < 0:
             signals.end_by(-self._status)
+        if not said:  # whoever flushed standard error would wait as well
+            os._exit(self._status)
         return self._status
 
     def _start_first(self, fetched: Fetched) -> None:
@@ -188,7 +214,7 @@ class Watch:
 
     def _start(self, fetched: Fetched) -> None:
         self._pid = self._program.start(fetched.deliveries.inheritance())
-        log.info("program has process id %d", self._pid)
+        self._voice.do(partial(log.info, "program has process id %d", self._pid))
 
     def _finish(self, manifest: Manifest) -> None:
         """Leave what is in place, and nothing else."""
@@ -211,7 +237,8 @@ class Watch:
     def _do_in_time(self, now: float) -> None:
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
-            say("warning", f"the program does not end within {self._stop_timeout:g} seconds")
+            line = f"the program does not end within {self._stop_timeout:g} seconds"
+            self._voice.do(partial(say, "warning", line))
             self._send(signal.SIGKILL)
         elif self._refresh_at is not None and now >= self._refresh_at:
             self._refresh_at = None
@@ -243,7 +270,7 @@ class Watch:
             try:
                 os.kill(self._pid, number)
             except OSError as error:  # it may have become another user's
-                self._failures.tell("signal", f"none reaches the program: {error.strerror}")
+                self._tell("signal", f"none reaches the program: {error.strerror}")
 
     def _reap(self) -> None:
         """Take notice of children that have ended; as process 1 also of those that are orphans.
@@ -301,7 +328,10 @@ class Watch:
 
     def _tell_failure(self, error: AttestorError) -> None:
         kind = f"refresh failed with status {error.status}, and nothing was changed"
-        self._failures.tell(kind, str(error))
+        self._tell(kind, str(error))
+
+    def _tell(self, kind: str, said: str) -> None:
+        self._voice.do(partial(self._failures.tell, kind, said))
 
     def _apply(self, fetched: Fetched) -> None:
         """Put what has changed in its place, all of it or nothing, and tell the program."""
@@ -318,7 +348,8 @@ class Watch:
                     fetched.placement.place(fetched.files_of(changed))
                 finally:
                     signals.owner.leave()
-                log.info("refresh: %d of %d have changed", len(changed), len(found.digests))
+                counts = (len(changed), len(found.digests))
+                self._voice.do(partial(log.info, "refresh: %d of %d have changed", *counts))
                 if restarts:  # its variables and descriptors are for the one that starts next
                     self._successor = fetched
                     held.pop_all()
