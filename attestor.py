@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -113,6 +114,7 @@ _T = TypeVar("_T")
 
 PLAINTEXT_MAX: Final = 4096  # Plaintext, same place
 DOCUMENT_FRESH: Final = 60.0  # seconds that one attestation document serves further calls
+_NOTES_MAX: Final = 100  # lines that are remembered
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 ATTEMPT_TIMEOUT: Final = 20.0  # seconds for one connection or one answer, within --timeout
 DEFAULT_TIMEOUT: Final = 60.0
@@ -1042,16 +1044,19 @@ def say(kind: str, message: str) -> None:
 
 
 class _Notes(logging.Handler):
-    """Says a line once, however often it is done: the module is opened twice for a document."""
+    """Says a line once, however often it is done: the module is opened twice for a document.
+
+    A command that stays has no end of lines, so that no more than the last ones are remembered.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._said: deque[str] = deque(maxlen=_NOTES_MAX)
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
         if line not in self._said:
-            self._said.add(line)
+            self._said.append(line)
             say("note", line)
 
 

@@ -277,6 +277,19 @@ def test_nothing_new_tells_the_program_nothing(bench: Bench) -> None:
     assert bench.placed() == {}
 
 
+def test_every_change_is_said(bench: Bench) -> None:
+    """With -v, though the lines are much alike."""
+    bench.set(on_change="SIGHUP").secret("a", "old")
+    with bench.watch("-v", "--", sys.executable, "-Ic", TELLER) as watched:
+        watched.expect("started")
+        for plaintext in ("new", "newer", "newest"):
+            bench.source("a", plaintext)
+            watched.expect("SIGHUP")
+        assert watched.end() == 7
+        _, err = watched.outcome()
+    assert err.count("1 of 1 have changed\n") == 3
+
+
 def test_a_refresh_that_fails_changes_nothing(bench: Bench) -> None:
     """All or nothing, one line says so, and what comes later is taken."""
     bench.set(on_change="SIGHUP").secret("a", "old a").secret("b", "old b")

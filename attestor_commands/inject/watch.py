@@ -171,6 +171,7 @@ class Watch:
         self._pid = 0  # of the program; 0 while there is none
         self._status: int | None = None  # of the program that ends all, negative for a signal
         self._stop_timeout = 0.0
+        self._refreshes = 0
         # moments on the monotonic clock
         self._ending_until = 0.0
         self._kill_at: float | None = None
@@ -242,6 +243,7 @@ class Watch:
             self._send(signal.SIGKILL)
         elif self._refresh_at is not None and now >= self._refresh_at:
             self._refresh_at = None
+            self._refreshes += 1
             done = partial(self._finish_refresh, now + self._seconds)
             run_in_background(self._fetch).add_done_callback(
                 lambda future: self._work.put(partial(done, future))
@@ -348,8 +350,8 @@ class Watch:
                     fetched.placement.place(fetched.files_of(changed))
                 finally:
                     signals.owner.leave()
-                counts = (len(changed), len(found.digests))
-                self._voice.do(partial(log.info, "refresh: %d of %d have changed", *counts))
+                counts = (self._refreshes, len(changed), len(found.digests))
+                self._voice.do(partial(log.info, "refresh %d: %d of %d have changed", *counts))
                 if restarts:  # its variables and descriptors are for the one that starts next
                     self._successor = fetched
                     held.pop_all()
