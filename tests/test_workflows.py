@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WORKFLOWS: Final = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+ACTIONS: Final = sorted((ROOT / ".github" / "actions").glob("*/action.yml"))
 RELEASE: Final = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: str(path.name))
+@pytest.mark.parametrize("workflow", [*WORKFLOWS, *ACTIONS], ids=lambda path: str(path.name))
 def test_every_action_is_pinned_and_no_checkout_keeps_a_credential(workflow: Path) -> None:
     text = workflow.read_text(encoding="utf-8")
-    used = re.findall(r"^ +- uses: (.*)$", text, re.MULTILINE)
-    assert used
-    assert len(used) == text.count("uses:")
+    used = re.findall(r"^ +(?:- )?uses: (.*)$", text, re.MULTILINE)
+    assert len(used) == text.count("uses: ")
     for action in used:
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+        pinned = re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
+        assert pinned or action.startswith("./"), action
     assert text.count("actions/checkout@") == text.count("persist-credentials: false")
 
 
