@@ -224,7 +224,7 @@ def test_a_thousand_calls_leave_nothing(device: CuseDevice) -> None:
     before = len(os.listdir("/proc/self/fd"))
     first = resident()
     assert run(code) == [["done"], run("print(json.dumps(len(os.listdir('/proc/self/fd'))))")]
-    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier test's thread may still close one
+    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier thread may close its own
     assert resident() - first < 4096  # KiB
     assert not device._dialogue.unanswered
     assert waiting_calls() == 0
@@ -279,7 +279,7 @@ def test_it_is_gone_after_the_end() -> None:
     device.close()
     assert not DEVICE.exists()
     assert not Path("/sys/class/cuse/nsm").exists()
-    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier test's thread may still close one
+    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier thread may close its own
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

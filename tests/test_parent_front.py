@@ -292,7 +292,7 @@ def test_a_port_that_is_taken() -> None:
         other.listen()
         with pytest.raises(SimulatorError, match="vsock port 18003: Address already in use"):
             services(Ports(18000, 18001, 18002, 18003))
-    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier test's thread may still close one
+    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier thread may close its own
 
 
 def dial_vsock(port: int) -> socket.socket:
