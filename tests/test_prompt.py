@@ -131,9 +131,7 @@ def _of(command: click.Command | None, words: list[str]) -> Iterator[tuple[str, 
     assert command is not None
     for inner in getattr(command, "commands", {}).values():
         yield from _of(inner, [*words, inner.name])
-    arguments = [
-        one for one in command.params if isinstance(one, click.Argument) and one.nargs == 1
-    ]
+    arguments = [one for one in command.params if isinstance(one, click.Argument)]
     for parameter in command.params:
         if isinstance(parameter.type, FileName):
             values = ["" if one is parameter else "1" for one in arguments]
