@@ -197,11 +197,8 @@ def run(
     **connection: Any,
 ) -> NoReturn:
     """Listen, and answer until a signal comes; raises an AttestorError before that."""
-    import gc
-
     # before anything is opened here that could have this number
     ready = None if ready_fd is None else _open_ready(ready_fd)
-    gc.enable()  # which a short command does without
     if os.getpid() == 1:
         _leave_orphans_to_the_kernel()
     process_recipient()  # its key is made meanwhile
