@@ -15,7 +15,6 @@ from attestor_io.reading import Message
 from nsm.source import place
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 _WOULD_DECRYPT = "KMS would decrypt for this {} (a dry run)"
@@ -58,12 +57,7 @@ class _Nowhere:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
 

@@ -38,7 +38,6 @@ from nsm.module import REQUEST_MAX, RESPONSE_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from types import TracebackType
     from typing import Self
 
     from nitrosim.device import Module
@@ -293,12 +292,7 @@ class CuseDevice:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _serve(self, stopped: socket.socket) -> None:

@@ -28,7 +28,6 @@ from nsm.module import REQUEST_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from types import TracebackType
     from typing import Self
 
 SOCKET_VARIABLE: Final = "NITROSIM_NSM_SOCKET"
@@ -210,12 +209,7 @@ class SimulatedDevice:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _serve(self, listener: socket.socket) -> None:

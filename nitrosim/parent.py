@@ -23,7 +23,6 @@ from nitrosim.device import SimulatorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from types import TracebackType
     from typing import Self
 
     Own = Callable[[socket.socket], object]
@@ -212,12 +211,7 @@ class Parent:
             self._parts = parts.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._parts.close()
 
     def _accept_all(self, stopped: socket.socket) -> None:

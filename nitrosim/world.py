@@ -19,7 +19,6 @@ from nitrosim.stored_values import StoredValues
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
-    from types import TracebackType
     from typing import Self
 
     from nitrosim.cuse import CuseDevice
@@ -203,12 +202,7 @@ class World:
             self._parts = parts.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._parts.close()
 
     def _new_device(self) -> SimulatedDevice | CuseDevice:

@@ -26,7 +26,6 @@ from nsm.source import TITLES
 from nsm.source import find_transport as _find_transport
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 __all__ = [
@@ -119,12 +118,7 @@ class Nsm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, operation: str, index: int = 0, size: int = 0) -> Transport:
