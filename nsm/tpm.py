@@ -48,7 +48,7 @@ INDEX_ATTRIBUTES: Final = AUTH_READ | AUTH_WRITE
 # Within what the TCG leaves to the owner, 0x01800000 to 0x01bfffff ("Registry of Reserved TPM 2.0
 # Handles and Localities"); Amazon's client takes the first that is free, from 0x01000000 on.
 INDEXES: Final = range(0x01A7_7E50, 0x01A7_7E60)
-_ATTEMPTS: Final = 3
+_ATTEMPTS: Final = 16
 _INTERFERED: Final = frozenset({RC_HANDLE, RC_NV_UNINITIALIZED})
 _RANDOM_SIZE: Final = 64
 _ATTESTATION: Final = "Attestation"
@@ -130,9 +130,9 @@ class NitroTpm:
         request = cbor2.dumps({_ATTESTATION: fields})
         if len(request) > REQUEST_MAX:
             raise TpmError(_ATTESTATION, code=ErrorCode.InputTooLarge)
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             try:
-                document = _document(self._ask(request))
+                document = _document(self._ask(request, tidy=attempt == 0))
             except TpmError as error:
                 if error.rc not in _INTERFERED:
                     raise
@@ -156,12 +156,13 @@ class NitroTpm:
 
     # ---- the index
 
-    def _ask(self, request: bytes) -> bytes:
+    def _ask(self, request: bytes, *, tidy: bool) -> bytes:
         """The answer to a request, through an index that is gone again afterwards.
 
         What was there before and still is when we are done was left behind by a run that was
         killed: a TPM does one thing after the other, so whoever is alive is done, too. If one is
-        not, it begins anew.
+        not, it begins anew, and does not tidy: others are alive beside it. So each run takes an
+        index from another one once at most, and as many as fit in our range come to an end.
         """
         there = self._ours()
         index = self._define(there)
@@ -172,7 +173,7 @@ class NitroTpm:
         finally:
             with contextlib.suppress(TpmError):  # what went wrong before is worth more
                 self._tpm.undefine(index)
-        if there:
+        if tidy and there:
             self._remove(handle for handle in self._ours() if handle in there)
         return answer
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 KEY: Final = b"k" * 294
 HEADER: Final = struct.Struct(">HII")
 NSM_REQUEST: Final = 0x2000_0001
+NV_WRITE: Final = 0x137
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_a_request_that_was_exchanged_once_is_made_again(pki: NsmPki) -> None:
     others = InProcess(tpm)
 
     def interpose(code: int, answer: bytes) -> bytes:
-        if code == 0x137 and not others.commands:  # once, behind our NV_Write
+        if code == NV_WRITE and not others.commands:  # once, behind our NV_Write
             (index,) = tpm.indexes
             Tpm2(others).write(index, b"\xa1kAttestation\xa3iuser_data\xf6enonce\xf6jpublic_keyAx")
         return answer
@@ -423,6 +424,51 @@ def test_room_is_made_of_what_was_left_behind_alone(pki: NsmPki) -> None:
         other.define(handle, INDEX_SIZE)
     NitroTpm(InProcess(tpm)).attest(None, None, KEY)
     assert sorted(tpm.indexes) == [0x0100_0000 + number for number in range(18)]
+
+
+def test_a_run_takes_an_index_from_another_one_once_at_most(pki: NsmPki) -> None:
+    """The schedule that is worst for whoever is slow: before each of its writes fifteen others end.
+
+    Each of them saw the index of the slow one, and takes it for left behind.
+    """
+    tpm = SoftwareTpm(pki)
+    faster = len(INDEXES) - 1
+    ended = 0
+
+    class Slow(InProcess):
+        def exchange(self, command: bytes) -> bytes:
+            nonlocal ended
+            if HEADER.unpack_from(command)[2] == NV_WRITE and ended < faster:
+                ended += 1
+                NitroTpm(InProcess(tpm)).attest(None, None, b"faster")
+            return super().exchange(command)
+
+    slow = Slow(tpm)
+    document = NitroTpm(slow).attest(None, None, KEY)
+    assert KEY in document
+    assert ended == faster
+    assert slow.commands.count(NV_WRITE) == faster + 1
+    assert not tpm.indexes
+
+
+def test_one_that_has_begun_anew_does_not_tidy(pki: NsmPki) -> None:
+    tpm = SoftwareTpm(pki)
+    other = Tpm2(InProcess(tpm))
+
+    class Interfered(InProcess):
+        """Loses its index before its first write, to somebody who is alive."""
+
+        def exchange(self, command: bytes) -> bytes:
+            code = HEADER.unpack_from(command)[2]
+            if code == NV_WRITE and NV_WRITE not in self.commands:
+                other.undefine(next(handle for handle in tpm.indexes if handle != INDEXES[0]))
+            return super().exchange(command)
+
+    other.define(INDEXES[0], INDEX_SIZE)
+    NitroTpm(Interfered(tpm)).attest(None, None, KEY)
+    assert list(tpm.indexes) == [INDEXES[0]]
+    NitroTpm(InProcess(tpm)).attest(None, None, KEY)
+    assert not tpm.indexes
 
 
 def test_indexes_that_are_not_like_ours_are_left_alone(pki: NsmPki) -> None:
