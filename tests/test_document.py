@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from keypolicy import pcr_of_instance
 from nitrosim.pki import SHAPES, NsmPki
+from nsm.certificates import read_certificate
 from nsm.document import (
     AWS_ROOT_G1_SHA256,
     CHECKS,
@@ -436,6 +437,20 @@ def test_every_certificate_must_be_valid(pki: NsmPki, level: str) -> None:
         now=NOW, module_id=MODULE, changes={level: {"age": timedelta(seconds=-1)}}
     )
     assert refusal(signed(future), future).check == "validity"
+
+
+def test_certificates_that_are_known_are_examined_again(pki: NsmPki) -> None:
+    """Reading them is all that is spared to whoever verifies many documents."""
+    document = signed(pki)
+    expired = NOW + timedelta(days=365 * 50)
+    verify(document, roots=[pki.root_sha256], at=NOW)
+    read = read_certificate.cache_info().misses
+    assert verify(document, roots=[pki.root_sha256], at=NOW).checks
+    assert refusal(document, pki, at=expired).check == "validity"
+    changed = bytearray(document)
+    changed[-1] ^= 1
+    assert refusal(bytes(changed), pki).check == "signature"
+    assert read_certificate.cache_info().misses == read
 
 
 def test_validity_includes_both_ends(pki: NsmPki) -> None:
