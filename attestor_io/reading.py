@@ -111,9 +111,7 @@ def read_head(
     a message of the AWS Encryption SDK has any length. Raises as `read_bounded` does.
     """
     try:
-        # O_NONBLOCK: a FIFO without a writer would block here already; _Patient waits instead
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if deadline else 0)
-        raw = _Patient(0 if path == "-" else os.open(path, flags), path != "-", what, deadline)
+        raw = open_patiently(path, f"{what} cannot be read: nothing came", deadline)
         source = io.BufferedReader(raw)
         head: bytes | None = source.read(limit)
         raw.start_over()
@@ -125,15 +123,23 @@ def read_head(
     return head, source
 
 
-class _Patient(io.FileIO):
-    """A file, FIFO or terminal, each read of which waits until there is something, or a deadline.
+def open_patiently(path: str, late: str, deadline: Deadline | None) -> Patient:
+    """A file, or ("-") standard input; raises OSError, and ValueError for what is no name."""
+    # O_NONBLOCK: a FIFO without a writer would block here already; Patient waits instead
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if deadline else 0)
+    return Patient(0 if path == "-" else os.open(path, flags), path != "-", late, deadline)
 
-    Without one a read waits as it would anyway.
+
+class Patient(io.FileIO):
+    """A file, FIFO or terminal, each read of which waits until there is something, or a deadline,
+    past which it raises UnreachableError, which says `late`.
+
+    Without a deadline a read waits as it would anyway.
     """
 
-    def __init__(self, descriptor: int, closes: bool, what: str, deadline: Deadline | None) -> None:
+    def __init__(self, descriptor: int, closes: bool, late: str, deadline: Deadline | None) -> None:
         super().__init__(descriptor, "rb", closefd=closes)
-        self._what, self._deadline, self._patience = what, deadline, 0.0
+        self._late, self._deadline, self._patience = late, deadline, 0.0
 
     def start_over(self) -> None:
         """Give each further read as many seconds as all before had together."""
@@ -168,4 +174,4 @@ class _Patient(io.FileIO):
         waiting = select.poll()
         waiting.register(self.fileno(), select.POLLIN)
         if not waiting.poll(max(1, round(deadline.left * 1000))):
-            raise deadline.passed(f"{self._what} cannot be read: nothing came")
+            raise deadline.passed(self._late)

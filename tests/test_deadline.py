@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from attestor import UnreachableError
+from attestor_commands.inject.sources import Sources
 from attestor_io import metadata
+from attestor_io.background import run_in_background
 from attestor_io.deadline import Deadline
 from attestor_io.reading import read_bounded, read_head
+from tests.conftest import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,6 +156,19 @@ def test_a_fifo_as_a_source(enclave: Enclave, fifo: Path) -> None:
     assert run.status == 5, run.err
     assert run.error.endswith("within 5 seconds")
     assert enclave.files() == {"blob", "m.toml"}
+
+
+def test_a_fifo_as_a_source_keeps_no_thread(fifo: Path) -> None:
+    """Of `inject --watch`, each refresh of which would keep one more."""
+    deadline = Deadline(0.1)
+    sources = Sources(None, "eu-west-1", None, None, None, {}, deadline, size=1)
+
+    def read() -> None:
+        with sources.open(str(fifo), 10) as stream:
+            stream.read(1)
+
+    with pytest.raises(UnreachableError, match=r"cannot be read: nothing came within 0\.1 sec"):
+        run_in_background(read).result(PATIENCE)
 
 
 def test_a_writer_that_says_nothing(enclave: Enclave, fifo: Path) -> None:

@@ -454,6 +454,21 @@ def test_never_an_older_version_than_the_one_in_place(bench: Bench) -> None:
         assert watched.end() == 7
 
 
+def test_a_version_that_cannot_be_compared(bench: Bench) -> None:
+    """Nothing then stops a refresh from bringing an older one, which nobody may have meant."""
+    source = bench.source("a", "x", version="v7")
+    context = {"node": "3", "version": "v7"}
+    bench.add("secret", source=source, target=str(bench.run / "a"), context=context)
+    bench.secret("b", "y")
+    with bench.watch(str(bench.run / "a")) as watched:
+        assert watched.read_line(watched.process.stderr).decode() == (
+            f"attestor: warning: {bench.run}/a: version in its context is no number, "
+            "so that a refresh may bring an older one\n"
+        )
+        assert watched.expect("started")["files"] == ["x"]
+        assert watched.end() == 7
+
+
 def test_a_version_that_a_tag_says(enclaves: Callable[..., Enclave]) -> None:
     """It is asked for anew in each refresh, and must not go back."""
     bench = Bench(enclaves(tags={"release": "7"}))

@@ -28,6 +28,7 @@ from attestor_io.kms_errors import (
     redacted,
     translate,
 )
+from attestor_io.reading import open_patiently
 from attestor_io.shortage import causes
 from attestor_io.urls import without_query
 
@@ -78,7 +79,7 @@ class Sources:
     """Opens sources; clients and connections are made once and kept. Thread-safe.
 
     `ca_bundle` is for hosts of AWS, `https_ca_bundle` for all others; None leaves it to the
-    environment. Answers end by the deadline.
+    environment. All of them end by the deadline, a FIFO that nobody writes to as well.
     """
 
     def __init__(
@@ -113,8 +114,6 @@ class Sources:
             yield Stream(raw, what, limit, translated)
 
     def _open(self, source: str, limit: int) -> Any:
-        if source == "-":
-            return open(0, "rb", closefd=False)
         if source.startswith(("secretsmanager://", "ssm://")):
             return self._value(source)
         if source.startswith("s3://"):
@@ -124,7 +123,7 @@ class Sources:
             return contextlib.closing(body)
         if source.startswith("https://"):
             return self._get(source, limit)
-        return open(os.open(source, os.O_RDONLY | os.O_CLOEXEC), "rb")
+        return io.BufferedReader(open_patiently(source, "nothing came", self._deadline))
 
     def _value(self, source: str) -> IO[bytes]:
         """A value of Secrets Manager or Parameter Store, as a stream; text is a `Text`."""

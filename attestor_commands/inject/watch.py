@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from attestor import log, say
 from attestor_commands.failures import Failures, unexpected
 from attestor_commands.inject.fetch import Fetched, Staying
-from attestor_commands.versions import VERSION, fault_of
+from attestor_commands.versions import VERSION, fault_of, number_of
 from attestor_io import signals
 from attestor_io.background import IdleWorker, run_in_background
 from attestor_io.errors import AttestorError, InputError, OutputError, RefusedError
@@ -102,6 +102,15 @@ class _InPlace:
 
 def _declares_version(entry: Entry) -> bool:
     return entry.minimum_version is not None or VERSION in entry.bound.context
+
+
+def _warn_of_versions(manifest: Manifest) -> None:
+    """Say which entries' contexts have a version that cannot be compared with a later one."""
+    for entry in manifest.entries:
+        version = entry.bound.context.get(VERSION)
+        if version is not None and number_of(version) is None:
+            line = f"{entry.place}: version in its context is no number, so that a refresh may "
+            say("warning", f"{line}bring an older one")
 
 
 def _not_older(entry: Entry, version: int | None) -> Entry:
@@ -186,6 +195,7 @@ class Watch:
         before the program has started, and ProgramError if it cannot start again.
         """
         gc.enable()  # which a short command does without
+        _warn_of_versions(manifest)
         self._stop_timeout = float(manifest.stop_timeout)
         try:
             with Fetched(
