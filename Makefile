@@ -72,7 +72,7 @@ SCRIPTS := .ci/run containers/nitrosim/build nitrosim/demo.sh patches/build-libn
 	enclave/terraform/user-data.sh \
 	$(addprefix enclave/parent/,build-eif common.sh configure make-signing-key run-enclave tag-node)
 
-# BENCH_FLAGS='--before REVISION' compares decrypt with that of another commit
+# BENCH_FLAGS='--before REVISION' compares with another commit
 bench: $(READY) transport
 	$(BIN)/python -m tests.bench $(BENCH_FLAGS)
 

@@ -6,7 +6,8 @@ pairs alternate, only ratios count.
 
 `attestor eif describe` of a large image against sha384sum, see bench_eif.
 
-`--before REVISION` compares `decrypt` and `--version` with those of that commit, and nothing else.
+`--before REVISION` compares with that commit: `decrypt`, `--version`, the further secrets of
+`inject`, messages and verification; and nothing else.
 
 `nsm.document.verify` of one document against a loop that does no more than check the same five
 signatures, with keys that are set up already: of a chain that was not met before, and of one that
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -53,6 +55,19 @@ import boto3
 blob = open("blob", "rb").read()
 plaintext = boto3.client("kms").decrypt(CiphertextBlob=blob)["Plaintext"]
 open("plain", "wb").write(plaintext)
+"""
+VERIFY: Final = """
+import hashlib, statistics, time
+from nsm import Nsm
+from nsm.document import AttestationDocument, verify
+with Nsm() as module:
+    data = module.attest()
+root = hashlib.sha256(AttestationDocument.parse(data).cabundle[0]).digest()
+def timed():
+    start = time.perf_counter()
+    verify(data, roots=[root])
+    return 1e3 * (time.perf_counter() - start)
+print(statistics.median(timed() for _ in range(300)))
 """
 ROOT: Final = Path(__file__).parent.parent
 BIN: Final = Path(sys.executable).parent
@@ -93,12 +108,13 @@ def compare_with_revision(revision: str) -> None:
     try:
         if LIBRARY.exists():
             shutil.copy(LIBRARY, tree / "nsm")
+        now, then = partial(started, ROOT), partial(started, tree)
         for arguments in (ATTESTOR[1:], ["--version"]):
-            compare(
-                f"attestor {arguments[0]}, now / at {revision}",
-                started(ROOT, arguments),
-                started(tree, arguments),
-            )
+            title = f"attestor {arguments[0]}, now / at {revision}"
+            compare(title, now(arguments), then(arguments))
+        bench_inject.compare_with_revision(measure, now, then)
+        pairs = [[verification_in(folder) for folder in (ROOT, tree)] for _ in range(ROUNDS // 30)]
+        bench_inject.print_pair("verify one document again, now / before", pairs, "ms")
     finally:
         subprocess.run([*git, "remove", "--force", str(tree)], check=True)
 
@@ -108,6 +124,12 @@ def started(tree: Path, arguments: Sequence[str]) -> list[str]:
     script = tree / "bin" / "attestor"
     run = [str(script)] if script.exists() else ["-c", "import attestor; attestor.main()"]
     return ["/usr/bin/env", f"PYTHONPATH={tree}", sys.executable, *run, *arguments]
+
+
+def verification_in(tree: Path) -> float:
+    """Milliseconds of one verification by the sources in that folder, the median of many."""
+    environment = dict(os.environ, PYTHONPATH=str(tree))
+    return float(subprocess.check_output([sys.executable, "-c", VERIFY], env=environment))
 
 
 def compare_verification() -> None:

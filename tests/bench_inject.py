@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     Measure = Callable[[Sequence[str]], tuple[float, float, float]]
     """Wall and CPU milliseconds and peak MiB of one command."""
+    Start = Callable[[Sequence[str]], Sequence[str]]
+    """The command line of attestor with these arguments."""
 
 MANY: Final = 300  # as many as a manifest may hold
 FEW: Final = 20
-PAIRS: Final = 11  # a key takes its time by chance
+ROUNDS: Final = 11  # a key takes its time by chance
 SINGLES: Final = 50
 SIZES: Final = (64, 1024)  # MiB
 ENCRYPT: Final = """
@@ -46,19 +48,73 @@ for number in range(int(sys.argv[1])):
     plaintext = kms.decrypt(CiphertextBlob=blob, EncryptionContext={"n": str(number)})["Plaintext"]
     open(f"{number}.plain", "wb").write(plaintext)
 """
+# What no attested client can spare: a Recipient in each call, and one RSA operation.
+BARE: Final = """
+import boto3, sys
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from nsm import Nsm
+key = rsa.generate_private_key(65537, 2048)
+oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+wrapped = key.public_key().encrypt(bytes(32), oaep)
+der, spki = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+with Nsm() as module:
+    document = module.attest(public_key=key.public_key().public_bytes(der, spki))
+recipient = {"AttestationDocument": document, "KeyEncryptionAlgorithm": "RSAES_OAEP_SHA_256"}
+kms = boto3.client("kms")
+for number in range(int(sys.argv[1])):
+    blob = open(f"{number}.enc", "rb").read()
+    context = {"n": str(number)}
+    kms.decrypt(CiphertextBlob=blob, EncryptionContext=context, Recipient=recipient)
+    open(f"{number}.plain", "wb").write(key.decrypt(wrapped, oaep))
+"""
 ATTESTOR: Final = str(Path(sys.executable).parent / "attestor")
+MESSAGE: Final = ("decrypt", "--any-key", "--force", "long.enc", "long")
 
 
 def main(measure: Measure) -> None:
     """Print the figures."""
+    with ciphertexts() as arn:
+        compare_with_a_loop(measure)
+        compare_with_single_runs(measure)
+        measure_messages(measure, arn)
+
+
+def compare_with_revision(measure: Measure, now: Start, before: Start) -> None:
+    """Print those that two trees give, in turn."""
+    with ciphertexts() as arn:
+        pairs = [
+            [additional_secret(measure, start) for start in (now, before)] for _ in range(ROUNDS)
+        ]
+        print_pair("CPU time of an additional secret of inject, now / before", pairs, "ms")
+        encrypt_message(arn, SIZES[0])
+        pairs = [[measure(start(MESSAGE))[1] for start in (now, before)] for _ in range(ROUNDS)]
+        print_pair(f"CPU time of a message of {SIZES[0]} MiB, now / before", pairs, "ms")
+        pairs = [[measure(start(MESSAGE))[0] for start in (now, before)] for _ in range(ROUNDS)]
+        print_pair(f"wall time of a message of {SIZES[0]} MiB, now / before", pairs, "ms")
+
+
+def print_pair(title: str, pairs: Sequence[Sequence[float]], unit: str) -> None:
+    """Print two medians and their ratio."""
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    print(f"{title}, medians of {len(pairs)} pairs")  # noqa: T201
+    print(f"  {ours:19.2f} / {theirs:7.2f} {unit:4} ratio {ours / theirs:.3f}")  # noqa: T201
+
+
+def attestor(arguments: Sequence[str]) -> list[str]:
+    """The command as it is installed."""
+    return [ATTESTOR, *arguments]
+
+
+@contextlib.contextmanager
+def ciphertexts() -> Iterator[str]:
+    """In a folder with as many ciphertexts as a manifest may name, and manifests; their key."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         encrypt = [sys.executable, "-c", ENCRYPT, str(MANY)]
         arn = subprocess.run(encrypt, check=True, capture_output=True, text=True).stdout.strip()
         for count in (FEW, MANY):
             Path(f"{count}.toml").write_text(manifest(arn, folder, count), encoding="utf-8")
-        compare_with_a_loop(measure)
-        compare_with_single_runs(measure)
-        measure_messages(measure, arn)
+        yield arn
 
 
 def manifest(arn: str, folder: str, count: int) -> str:
@@ -71,28 +127,38 @@ def manifest(arn: str, folder: str, count: int) -> str:
     return f'region = "eu-west-1"\nkey_id = "{arn}"\n' + "".join(entries)
 
 
-def inject(measure: Measure, count: int) -> tuple[float, float, float]:
+def inject(measure: Measure, count: int, start: Start = attestor) -> tuple[float, float, float]:
     """One run of inject with so many secrets."""
     for path in Path().glob("*.out"):
         path.unlink()
-    return measure([ATTESTOR, "inject", f"{count}.toml"])
+    return measure(start(["inject", f"{count}.toml"]))
 
 
 def compare_with_a_loop(measure: Measure) -> None:
-    """CPU time of each additional secret, against a boto3 loop; in turn, for machines drift."""
-    Path("plain.py").write_text(PLAIN, encoding="utf-8")
-    pairs = [
-        (
-            additional(lambda count: inject(measure, count)[1]),
-            additional(lambda count: measure([sys.executable, "plain.py", str(count)])[1]),
-        )
-        for _ in range(PAIRS)
+    """CPU time of each additional secret, against boto3 loops; in turn, for machines drift."""
+    for name, text in (("plain.py", PLAIN), ("bare.py", BARE)):
+        Path(name).write_text(text, encoding="utf-8")
+
+    def loop(name: str) -> float:
+        return additional(lambda count: measure([sys.executable, name, str(count)])[1])
+
+    rounds = [
+        (additional_secret(measure), loop("plain.py"), loop("bare.py")) for _ in range(ROUNDS)
     ]
-    ours, theirs = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
-    ratio = statistics.median(our / their for our, their in pairs)
-    print(f"CPU time of an additional secret, inject / boto3 loop, medians of {PAIRS} pairs")  # noqa: T201
-    times = f"{ours:7.2f} / {theirs:7.2f} ms"
-    print(f"  CPU time     {times}   ratio {ratio:.3f}, RSA alone {rsa():.2f} ms")  # noqa: T201
+    ours, plain, bare = (statistics.median(costs) for costs in zip(*rounds, strict=True))
+    alone = rsa()
+    print(  # noqa: T201
+        "CPU time of an additional secret: inject / boto3 loop / one with Recipient and RSA, "
+        f"medians of {ROUNDS}"
+    )
+    print(f"  CPU time     {ours:7.2f} / {plain:7.2f} / {bare:7.2f} ms, RSA alone {alone:.2f} ms")  # noqa: T201
+    ratios = f"{ours / (plain + alone):.3f} over loop and RSA, {ours / bare:.3f} over the other"
+    print(f"  ratio        {ratios}")  # noqa: T201
+
+
+def additional_secret(measure: Measure, start: Start = attestor) -> float:
+    """CPU milliseconds of a secret more in one run of inject."""
+    return additional(lambda count: inject(measure, count, start)[1])
 
 
 def additional(cost: Callable[[int], float]) -> float:
@@ -132,13 +198,16 @@ def measure_messages(measure: Measure, arn: str) -> None:
     """Throughput and peak memory of messages of the AWS Encryption SDK."""
     print("message of the AWS Encryption SDK, decrypt")  # noqa: T201
     for size in SIZES:
-        piece = os.urandom(1 << 20)
-        with open("long", "wb") as plaintext:
-            plaintext.writelines(piece for _ in range(size))
-        subprocess.run(
-            [ATTESTOR, "encrypt", "--force", "--key-id", arn, "long", "long.enc"], check=True
-        )
-        wall, _, peak = measure(
-            [ATTESTOR, "decrypt", "--force", "--key-id", arn, "long.enc", "long"]
-        )
+        encrypt_message(arn, size)
+        wall, _, peak = measure(attestor(MESSAGE))
         print(f"  {size:5} MiB    {size / wall * 1e3:7.1f} MiB/s, peak memory {peak:.1f} MiB")  # noqa: T201
+
+
+def encrypt_message(arn: str, size: int) -> None:
+    """Write long.enc, of so many MiB of plaintext."""
+    piece = os.urandom(1 << 20)
+    with open("long", "wb") as plaintext:
+        plaintext.writelines(piece for _ in range(size))
+    subprocess.run(
+        attestor(["encrypt", "--force", "--key-id", arn, "long", "long.enc"]), check=True
+    )
