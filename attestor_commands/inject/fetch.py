@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from attestor import Kms, attested, drop_unset, errors_translated, log, process_recipient
@@ -52,48 +53,22 @@ class Staying(NamedTuple):
     check: Callable[[Placement], None]
 
 
+@dataclass(frozen=True, slots=True)
 class Fetched:
     """All of a manifest, fetched, opened and sealed; a context manager.
 
-    Leaving it without `placement.place` or the like leaves nothing. Raises an AttestorError.
+    Leaving it without `placement.place` or the like leaves nothing.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        receipt: str | None,
-        *,
-        force: bool,
-        staying: Staying | None = None,
-        shows_progress: bool = True,
-    ) -> None:
-        self.manifest = manifest
-        kms = _kms(manifest)
-        with contextlib.ExitStack() as unfinished:
-            self.placement = unfinished.enter_context(Placement())
-            if manifest.generation_folder is not None:
-                self.placement.begin_generation(
-                    manifest.generation_folder, force=force, keeps=staying is not None
-                )
-            self.deliveries = Deliveries(manifest, self.placement, force=force)
-            self._receipt = None if receipt is None else self.placement.add(receipt, force=force)
-            if staying is not None:
-                staying.check(self.placement)
-            injector = _Injector(
-                manifest, kms, self.placement, staying, shows_progress=shows_progress
-            )
-            # what a receipt says of this enclave is read before anything is asked of KMS
-            document = kms.deadline.call(own_document, _SILENT) if receipt is not None else None
-            self.outcomes = injector.run(self.deliveries.all)
-            self.deliveries.complete()
-            if self._receipt is not None and document is not None:
-                self._receipt.append(receipt_of(manifest, self.outcomes, document))
-                self._receipt.seal()
-            unfinished.pop_all()
+    manifest: Manifest
+    placement: Placement
+    deliveries: Deliveries
+    outcomes: list[Outcome]
+    receipt: SecretFile | None
 
     def files_of(self, places: Iterable[Place]) -> list[SecretFile]:
         """The files of these places, and the receipt, which tells of all."""
-        receipt = [] if self._receipt is None else [self._receipt]
+        receipt = [] if self.receipt is None else [self.receipt]
         return [*self.deliveries.files_of(places), *receipt]
 
     def close(self) -> None:
@@ -105,6 +80,37 @@ class Fetched:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def fetch(
+    manifest: Manifest,
+    receipt_path: str | None,
+    *,
+    force: bool,
+    staying: Staying | None = None,
+    shows_progress: bool = True,
+) -> Fetched:
+    """Fetch, open and seal all of a manifest; raises an AttestorError, and then leaves nothing."""
+    kms = _kms(manifest)
+    with contextlib.ExitStack() as unfinished:
+        placement = unfinished.enter_context(Placement())
+        if manifest.generation_folder is not None:
+            keeps = staying is not None
+            placement.begin_generation(manifest.generation_folder, force=force, keeps=keeps)
+        deliveries = Deliveries(manifest, placement, force=force)
+        receipt = None if receipt_path is None else placement.add(receipt_path, force=force)
+        if staying is not None:
+            staying.check(placement)
+        injector = _Injector(manifest, kms, placement, staying, shows_progress=shows_progress)
+        # what a receipt says of this enclave is read before anything is asked of KMS
+        document = None if receipt is None else kms.deadline.call(own_document, _SILENT)
+        outcomes = injector.run(deliveries.all)
+        deliveries.complete()
+        if receipt is not None and document is not None:
+            receipt.append(receipt_of(manifest, outcomes, document))
+            receipt.seal()
+        unfinished.pop_all()
+    return Fetched(manifest, placement, deliveries, outcomes, receipt)
 
 
 def _kms(manifest: Manifest) -> Kms:

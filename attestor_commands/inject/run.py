@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from attestor import DEFAULT_TIMEOUT
-from attestor_commands.inject.fetch import Fetched
+from attestor_commands.inject.fetch import fetch
 from attestor_commands.inject.manifest import MANIFEST_MAX
 from attestor_commands.inject.order import Order
 from attestor_commands.inject.program import Program, find_program
@@ -64,7 +64,7 @@ def inject(
         from attestor_commands.inject.watch import Watch
 
         return Watch(order, found, watch).run(manifest, force=force)
-    with Fetched(manifest, receipt, force=force) as fetched:
+    with fetch(manifest, receipt, force=force) as fetched:
         if found is None:
             fetched.placement.place()
         else:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from attestor import log, say
 from attestor_commands.failures import Failures, unexpected
-from attestor_commands.inject.fetch import Fetched, Staying
+from attestor_commands.inject.fetch import Staying, fetch
 from attestor_commands.versions import VERSION, fault_of, number_of
 from attestor_io import signals
 from attestor_io.background import IdleWorker, run_in_background
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    from attestor_commands.inject.fetch import Fetched
     from attestor_commands.inject.manifest import Entry, Manifest
     from attestor_commands.inject.order import Order
     from attestor_commands.inject.places import Place
@@ -198,9 +199,7 @@ class Watch:
         _warn_of_versions(manifest)
         self._stop_timeout = float(manifest.stop_timeout)
         try:
-            with Fetched(
-                manifest, self._order.receipt, force=force, staying=self._staying
-            ) as first:
+            with fetch(manifest, self._order.receipt, force=force, staying=self._staying) as first:
                 first.placement.place_and_start(lambda: self._start_first(first))
                 signals.owner.leave()
             self._in_place = _InPlace.of(first)
@@ -319,7 +318,7 @@ class Watch:
     def _fetch(self) -> Fetched:
         """Fetch everything again, in a thread; with new credentials, and the same key pair."""
         manifest = self._in_place.narrow(self._order.manifest())
-        return Fetched(
+        return fetch(
             manifest,
             self._order.receipt,
             force=True,
