@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import botocore.session
 import pytest
 
+from attestor_io.signals import PASSED_ON
 from nitrosim.world import World
 from tests.forked import ForkServer
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # whoever started the tests may ignore them (nohup, a shell's background job), and a command would
 # then rightly ignore them as well
-for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+for _number in PASSED_ON:
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.SIG_DFL)
 
