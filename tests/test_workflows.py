@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+import yaml  # type: ignore[import-untyped]  # moto brings it, without types
 
 from tests.conftest import ROOT
 
@@ -14,43 +17,69 @@ if TYPE_CHECKING:
 
 WORKFLOWS: Final = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 ACTIONS: Final = sorted((ROOT / ".github" / "actions").glob("*/action.yml"))
-RELEASE: Final = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+ALL: Final = pytest.mark.parametrize(
+    "path", [*WORKFLOWS, *ACTIONS], ids=lambda path: str(path.relative_to(ROOT / ".github"))
+)
 
 
-@pytest.mark.parametrize("workflow", [*WORKFLOWS, *ACTIONS], ids=lambda path: str(path.name))
-def test_every_action_is_pinned_and_no_checkout_keeps_a_credential(workflow: Path) -> None:
-    text = workflow.read_text(encoding="utf-8")
-    used = re.findall(r"^ +(?:- )?uses: (.*)$", text, re.MULTILINE)
-    assert len(used) == text.count("uses: ")
-    for action in used:
-        pinned = re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
-        assert pinned or action.startswith("./"), action
-    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+def parsed(path: Path) -> dict[str, Any]:
+    """A file as the machine that runs it reads it."""
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: str(path.name))
-def test_commands_are_not_made_of_what_others_write(workflow: Path) -> None:
+def steps(path: Path) -> list[dict[str, Any]]:
+    """The steps of all jobs of a workflow, or of an action."""
+    found = parsed(path)
+    parts = found["jobs"].values() if "jobs" in found else [found["runs"]]
+    return [step for part in parts for step in part["steps"]]
+
+
+RELEASE: Final = parsed(ROOT / ".github" / "workflows" / "release.yml")["jobs"]
+
+
+@ALL
+def test_every_step_says_what_it_does_and_every_job_ends(path: Path) -> None:
+    assert all(len({"run", "uses"} & step.keys()) == 1 for step in steps(path))
+    for job in parsed(path).get("jobs", {}).values():
+        assert job["timeout-minutes"] <= 90
+        assert job["runs-on"]
+
+
+@ALL
+def test_every_action_is_pinned_and_no_checkout_keeps_a_credential(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for step in steps(path):
+        used = step.get("uses", "./")
+        if used.startswith("./"):
+            continue
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", used)
+        assert re.search(rf"uses: {re.escape(used)} # v\d+\.\d+\.\d+$", text, re.MULTILINE)
+        if used.startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+
+
+@ALL
+def test_commands_are_not_made_of_what_others_write(path: Path) -> None:
     """An expression in a command is text of whoever names a branch or a tag."""
-    lines = workflow.read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if re.match(r" +(- )?run: .*\$\{\{", line)] == []
+    assert [step["run"] for step in steps(path) if "${{" in step.get("run", "")] == []
 
 
-def jobs() -> dict[str, str]:
-    """The jobs of the release, by their names."""
-    parts = re.split(r"^  (\w+):\n", RELEASE.partition("\njobs:\n")[2], flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+@ALL
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_commands_are_without_fault(path: Path) -> None:
+    for step in steps(path):
+        command = ["shellcheck", "--shell=bash", "-"]
+        script = f"set -e\n{step.get('run', '')}\n"  # as whoever runs it sets
+        run = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stdout) == (0, "")
 
 
 def test_only_what_publishes_may_write() -> None:
-    assert re.search(r"^permissions: \{\}$", RELEASE, re.MULTILINE)
-    granted = {
-        name: set(
-            re.findall(r"^      ([\w-]+): (\w+)", text.partition("permissions:\n")[2], re.MULTILINE)
-        )
-        for name, text in jobs().items()
-    }
+    assert parsed(ROOT / ".github" / "workflows" / "release.yml")["permissions"] == {}
     writing = {
-        name: {what for what, how in all_ if how == "write"} for name, all_ in granted.items()
+        name: {what for what, how in job["permissions"].items() if how == "write"}
+        for name, job in RELEASE.items()
     }
     assert writing == {
         "wheels": set(),
@@ -59,9 +88,9 @@ def test_only_what_publishes_may_write() -> None:
         "publish": {"id-token", "attestations"},
         "page": {"contents"},
     }
-    assert "secrets." not in RELEASE
-    assert "actions/checkout@" not in jobs()["publish"] + jobs()["page"]
-    assert re.search(r"needs: \[wheels, image, try\]", jobs()["publish"])
+    assert "secrets." not in str(RELEASE)
+    assert "actions/checkout@" not in str([RELEASE["publish"], RELEASE["page"]])
+    assert RELEASE["publish"]["needs"] == ["wheels", "image", "try"]
 
 
 def test_the_page_names_every_wheel_of_a_release() -> None:
