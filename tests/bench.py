@@ -2,7 +2,7 @@
 
 `attestor decrypt` against the plain script that a user would write: import boto3, make a client,
 decrypt without a Recipient, write the file. The key policy allows both. Machines are noisy: the
-pairs alternate, only ratios count.
+pairs alternate, only ratios count. Files are in memory, as an enclave's are.
 
 `attestor eif describe` of a large image against sha384sum, see bench_eif.
 
@@ -79,7 +79,7 @@ def main() -> None:
     """Print the figures."""
     if "NITROSIM_NSM_SOCKET" not in os.environ:
         run_inside()
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory(dir=bench_inject.MEMORY) as folder, contextlib.chdir(folder):
         Path("plain.py").write_text(PLAIN, encoding="utf-8")
         subprocess.run([sys.executable, "-c", ENCRYPT], check=True)
         if sys.argv[1:2] == ["--before"]:
