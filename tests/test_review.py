@@ -30,7 +30,7 @@ HOOKS: Final = {
 PAGE: Final = (ROOT / "docs" / "review.md").read_text(encoding="utf-8")
 OPEN: Final = json.dumps(policy_of(attested("0" * 96)))
 GOOD: Final = json.dumps(policy_of(attested()))
-HOSTILE: Final = "::error::x,y:%0A;$(touch owned)`touch owned`"
+HOSTILE: Final = "::error::x,y:%0A;##[error]$(touch owned)`touch owned`"
 
 
 @pytest.fixture
@@ -183,6 +183,76 @@ def test_names_and_texts_command_nothing(change: Path) -> None:
     assert all(re.match(r"::error (file=[^:]*,)?title=attestor::", line) for line in commands)
 
 
+def test_a_name_in_the_log_is_no_command(change: Path) -> None:
+    """The runner takes `##[command]` anywhere in a line."""
+    name = "##[stop-commands]x"
+    (change / f"{name}.json").write_text(GOOD)
+    (change / f"{name}.eif").write_bytes(assembled(PARTS))
+    run = checked(change, f"{name}.json", f"{name}.eif")
+    assert run.status == 0
+    assert b"##[" not in run.out
+    assert run.out.count(rb"'\x23\x23[stop-commands]x") == 2
+
+
+def test_no_name_leads_away_from_others(change: Path) -> None:
+    """What is called like the pattern is one of its files, and so is what hides."""
+    (change / "policies" / "**").mkdir()
+    (change / "policies" / "**" / "*.json").write_text(GOOD)
+    (change / "policies" / ".x").mkdir()
+    (change / "policies" / ".x" / ".y.json").write_text(OPEN)
+    run = checked(change, "policies/**/*.json")
+    assert run.status == 4
+    text = run.out.decode()
+    for name in ("of a team/open.json", ".x/.y.json"):
+        assert f"::error file=policies/{name},title=attestor::statement 2: " in text
+    assert "'policies/**/*.json': no fault" in text
+    assert "'policies/good.json': no fault" in text
+
+
+def test_links_between_folders(change: Path) -> None:
+    """They are followed, as whoever uses the files follows them, and not for ever."""
+    (change / "elsewhere").mkdir()
+    (change / "elsewhere" / "open.json").write_text(OPEN)
+    (change / "policies" / "linked").symlink_to("../elsewhere")
+    (change / "policies" / "out").symlink_to("/")
+    for name in ("again", "and again"):
+        (change / "policies" / name).symlink_to(".")
+    run = checked(change, "policies/**/*.json")
+    assert run.status == 4
+    assert b"::error file=policies/linked/open.json," in run.out
+    for name in "abcdefghijklmnopqrstuvw":
+        (change / "policies" / name).mkdir()
+        for link in ("1", "2"):
+            (change / "policies" / name / link).symlink_to(f"../{chr(ord(name) + 1)}")
+    run = checked(change, "policies/**/*.json")
+    assert run.status == 2
+    assert run.out.startswith(
+        b"::error title=attestor::more than 100000 names to look at: policies"
+    )
+    assert run.out.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("a.json", "a.json", True),
+        ("a.json", "a_json", False),
+        ("*.json", "b/a.json", False),
+        ("**/*.json", "a.json", True),
+        ("**/*.json", "b/c/a.json", True),
+        ("p/**/x/?.json", "p/q/r/x/y.json", True),
+        ("p/**/x/?.json", "p/x/yy.json", False),
+        ("p/**", "p/q/r", True),
+        ("p**/a", "p/q/a", False),
+        ("[a].json", "[a].json", True),
+    ],
+)
+def test_patterns(tmp_path: Path, pattern: str, name: str, fits: bool) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(GOOD)
+    assert (checked(tmp_path, pattern).status == 0) == fits
+
+
 @pytest.mark.parametrize(
     ("policies", "images", "status"),
     [("", " \n ", 2), ("nothing.json", "", 2), ("text.json", "", 2), ("", "bad.eif", 6)],
@@ -243,5 +313,8 @@ def test_the_hook_for_images(change: Path) -> None:
 )
 def test_the_files_of_the_hooks(name: str, taken: list[str], left: list[str]) -> None:
     assert HOOKS[name]["language"] == "python"
+    # a link is of type symlink and no other, and whoever uses the files follows it
+    assert HOOKS[name]["types"] == []
+    assert "symlink" in HOOKS[name]["types_or"]
     found = re.compile(HOOKS[name]["files"])
     assert [one for one in taken + left if found.search(one)] == taken

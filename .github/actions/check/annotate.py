@@ -9,16 +9,21 @@ failed, 2 where a pattern matches nothing, or where nothing is asked for.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
-from pathlib import Path
+from itertools import islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PROGRAM = (sys.executable, "-I", "-m", "attestor")
 TIMEOUT = 300  # seconds for one file
+ENTRIES_MAX = 100_000  # that are looked at for one pattern: links can make a small tree endless
 USAGE, LATE = 2, 5  # exit statuses as attestor has them
 WRONG = "attestor: error: "
 
@@ -33,7 +38,14 @@ def main() -> int:
         return USAGE
     statuses = []
     for name, pattern in asked:
-        files = matching(pattern)
+        try:
+            files = matching(pattern)
+        except OverflowError:
+            fix = "begin the pattern with a folder's name"
+            annotate(
+                "error", "", f"more than {ENTRIES_MAX} names to look at: {pattern}\nfix: {fix}"
+            )
+            return USAGE
         if not files:
             annotate("error", "", f"nothing is called {pattern}")
             statuses.append(USAGE)
@@ -42,8 +54,48 @@ def main() -> int:
 
 
 def matching(pattern: str) -> list[str]:
-    """The files of a pattern, or the one that is called so."""
-    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+    """The files that fit a pattern, hidden ones too, and what is called so: a change that brings
+    such a name must not lead away from all the others. Raises OverflowError where there is no end.
+    """
+    fits = re.compile(expression(pattern)).fullmatch
+    literal = re.match(r"([^*?]*/)?", pattern)
+    start = literal[0] if literal else ""
+    real = os.path.realpath(start or ".")
+    found = list(islice(below(start, real, frozenset({real})), ENTRIES_MAX + 1))
+    if len(found) > ENTRIES_MAX:
+        raise OverflowError
+    named = {pattern} if os.path.lexists(pattern) else set()
+    return sorted(named.union(name for name, is_folder in found if not is_folder and fits(name)))
+
+
+def expression(pattern: str) -> str:
+    """A pattern as a regular expression: `*` and `?` are in one name, `**` is any folders."""
+    wild = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"((?:(?<=/)|^)\*\*/|(?:(?<=/)|^)\*\*$|\*|\?)", pattern)
+    return "".join(wild.get(part, re.escape(part)) for part in parts)
+
+
+def below(folder: str, real: str, above: frozenset[str]) -> Iterator[tuple[str, bool]]:
+    """Everything below a folder, whose path without links is `real`, and whether it is one.
+
+    Links are followed, as whoever uses the files does, but for those that lead back up, or out of
+    what is checked out.
+    """
+    try:
+        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(real))
+    except OSError:
+        return  # what is asked for and is not found is an error of its own
+    for entry, is_folder in entries:
+        yield folder + entry, is_folder
+        if is_folder and folder + entry != ".git":
+            target = os.path.realpath(os.path.join(real, entry))
+            if target not in above and is_inside(target, real, entry):
+                yield from below(f"{folder}{entry}/", target, above | {target})
+
+
+def is_inside(target: str, real: str, entry: str) -> bool:
+    """Whether a folder's entry is no link, or leads to what is in the folder of this process."""
+    return target == os.path.join(real, entry) or target.startswith(os.path.realpath(".") + "/")
 
 
 def check_policy(file: str) -> int:
@@ -54,7 +106,7 @@ def check_policy(file: str) -> int:
     for found in json.loads(done.stdout)["findings"]:
         text = f"{found['statement']}: {found['problem']} [{found['code']}]\nfix: {found['fix']}"
         annotate(found["severity"], file, text)
-    print(f"{file!a}: {'no fault' if done.returncode == 0 else 'faults, see above'}")
+    print(f"{shown(file)}: {'no fault' if done.returncode == 0 else 'faults, see above'}")
     return done.returncode
 
 
@@ -64,7 +116,7 @@ def describe_image(file: str) -> int:
     if not done.stdout:
         return refused(file, done)
     end = secrets.token_hex(16)
-    print(f"::stop-commands::{end}\n{file!a}\n{done.stdout}::{end}::", flush=True)
+    print(f"::stop-commands::{end}\n{shown(file)}\n{done.stdout}::{end}::", flush=True)
     return done.returncode
 
 
@@ -96,6 +148,11 @@ def annotate(severity: str, file: str, text: str) -> None:
     """Tell the runner to show a text beside a file, escaped as its toolkit does it."""
     where = f"file={escaped(file, properties=True)}," if file else ""
     print(f"::{severity} {where}title=attestor::{escaped(text)}", flush=True)
+
+
+def shown(file: str) -> str:
+    """A file name in the log, where `##[command]` is a command wherever it stands in a line."""
+    return ascii(file).replace("#", r"\x23")
 
 
 def escaped(text: str, *, properties: bool = False) -> str:
