@@ -2,23 +2,24 @@
 # Makes an instance with Amazon Linux 2023 the parent of one enclave. Its output is in /var/log/cloud-init-output.log.
 set -euo pipefail
 
-readonly home=/opt/attestor boot=/var/lib/cloud/scripts/per-boot/50-enclave
+readonly home=/opt/attestor units=/etc/systemd/system
 
 main() {
     dnf install --assumeyes --quiet aws-nitro-enclaves-cli socat
     give_to_enclaves
     fetch
     "$home/parent/configure" "$region"
-    install -m 644 "$home"/parent/*.service /etc/systemd/system/
+    install -m 644 "$home"/parent/*.service "$units/"
+    unit_of_the_enclave >"$units/attestor-enclave.service"
     systemctl daemon-reload
     systemctl enable --now attestor-vsock@kms attestor-vsock@s3 attestor-vsock@metadata attestor-status
-    start_at_each_boot
+    systemctl enable --now attestor-enclave
 }
 
-# The allocator sets memory and CPUs aside, as much as the enclave is to get.
+# The allocator sets memory and CPUs aside, as much as the enclave is to get. The enclave's unit starts it.
 give_to_enclaves() {
     printf -- '---\nmemory_mib: %s\ncpu_count: %s\n' "$memory" "$cpus" >/etc/nitro_enclaves/allocator.yaml
-    systemctl enable --now nitro-enclaves-allocator
+    systemctl enable nitro-enclaves-allocator
 }
 
 fetch() {
@@ -31,11 +32,26 @@ fetch() {
     aws s3 cp --region "$region" --only-show-errors "s3://$bucket/image.eif" "$home/image.eif"
 }
 
-# cloud-init runs user data at the first boot alone, and what is in this folder at each; at the first, that was earlier.
-start_at_each_boot() {
-    printf '#!/bin/sh\nexec %s --cpus %s --memory %s %s\n' "$home/parent/run-enclave" "$cpus" "$memory" "$home/image.eif" >"$boot"
-    chmod 755 "$boot"
-    "$boot"
+# User data runs at the first boot alone, and this at each, once the allocator has ended. Where that failed, or nitro-cli does,
+# both are tried again: "Wants", since a unit that "Requires" what failed is not. What nitro-cli leaves running is the enclave.
+unit_of_the_enclave() {
+    cat <<UNIT
+[Unit]
+Description=Enclave
+Wants=nitro-enclaves-allocator.service
+After=nitro-enclaves-allocator.service attestor-status.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=$home/parent/run-enclave --cpus $cpus --memory $memory $home/image.eif
+Restart=on-failure
+RestartSec=10
+
+[Install]
+WantedBy=multi-user.target
+UNIT
 }
 
 main
