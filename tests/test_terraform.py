@@ -89,6 +89,19 @@ def test_the_parent_is_given_what_its_units_need() -> None:
     assert "kms:" not in MAIN.replace("kms:RecipientAttestation:PCR", "")  # the role has none
 
 
+def test_an_instance_is_made_after_what_its_user_data_needs() -> None:
+    """What it mentions, such as the bucket and its objects, comes before it anyway."""
+    instance = MAIN.partition('resource "aws_instance" "parent" {\n')[2].partition("\n}\n")[0]
+    (listed,) = re.findall(r"^  depends_on = \[(.*)\]$", instance, re.MULTILINE)
+    assert set(listed.split(", ")) == {
+        "aws_iam_role_policy.parent",
+        "aws_vpc_security_group_egress_rule.https",
+    }
+    assert {"aws_s3_object.parent", "aws_s3_object.image"} <= set(
+        re.findall(r"\baws_s3_object\.\w+", instance)
+    )
+
+
 def user_data(host: Host, **lines: str) -> Run:
     """Run the user data as it is put together, in folders of the test's."""
     values = {"region": "eu-west-1", "bucket": "a-bucket", "cpus": "2", "memory": "2048"}

@@ -217,6 +217,9 @@ resource "aws_instance" "parent" {
     "mpa-node" = each.value
   }
 
+  # user data fetches from the bucket, over HTTPS, and is not repeated
+  depends_on = [aws_iam_role_policy.parent, aws_vpc_security_group_egress_rule.https]
+
   lifecycle {
     ignore_changes = [ami] # Amazon's newest is for new instances
   }
