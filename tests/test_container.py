@@ -65,10 +65,21 @@ def test_all_look_for_the_same_file_in_the_same_volume() -> None:
     assert volumes == {f"nitrosim:{folder}"}
     assert SERVICES["your-program"]["network_mode"] == "service:nitrosim"
     steps = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[0]
-    start, use = (step["run"] for step in yaml.safe_load(steps))
+    build, start, use = (step["run"] for step in yaml.safe_load(steps))
+    (command,) = [line for line in build.splitlines() if line.startswith("docker ")]
+    assert command in RECIPE
+    words = command.split()
+    assert (ROOT / words[words.index("-f") + 1]).samefile(FOLDER / "Dockerfile")
+    assert f" {words[words.index('-t') + 1]} --tag mpa-node=3" in start
     assert f"--volume {folder}:{folder} " in start
     assert f"until [ -e {path} ]" in start
     assert use.startswith(f". {path} && ")
+
+
+def test_the_service_is_built_of_this_checkout() -> None:
+    build = SERVICES["nitrosim"]["build"]
+    assert (FOLDER / build["context"]).samefile(ROOT)
+    assert (ROOT / build["dockerfile"]).samefile(FOLDER / "Dockerfile")
 
 
 def test_the_context_holds_what_the_distribution_is_built_of() -> None:
