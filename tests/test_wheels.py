@@ -92,6 +92,36 @@ def test_a_tag_that_is_none_of_ours(tmp_path: Path, tag: str) -> None:
     )
 
 
+def test_the_page_shows_how_a_library_is_judged(tmp_path: Path) -> None:
+    """Its block, with this Python in the place of the release's, and a stand-in for auditwheel."""
+    page = (ROOT / "docs" / "verify-a-release.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh not-run-here\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (block,) = [text for text in blocks if "release.check_library" in text]
+    block = block.replace("x86_64", MACHINE)
+    name = f"nitro_attestor-0.1.0-py3-none-{GLIBC}.whl"
+    (tmp_path / "dist").mkdir()
+    with zipfile.ZipFile(tmp_path / "dist" / name, "w") as wheel:
+        wheel.write(compiled(tmp_path, ""), "nsm/libnsm.so")
+    (tmp_path / "release").symlink_to(ROOT / "release")
+    programs = tmp_path / ".cache" / "release" / "bin"
+    programs.mkdir(parents=True)
+    for program, text in {
+        "python": f'exec "{sys.executable}" "$@"',
+        "auditwheel": 'echo "$@"',
+    }.items():
+        (programs / program).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (programs / program).chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-euc", block],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"show dist/{name}\n", "")
+
+
 # ---- bills of materials
 
 

@@ -93,6 +93,17 @@ def test_only_what_publishes_may_write() -> None:
     assert RELEASE["publish"]["needs"] == ["wheels", "image", "try"]
 
 
+def test_the_page_makes_each_image_as_the_workflow_does() -> None:
+    """Root, the snapshot and the tag: without one of them the digest is another, or none."""
+    page = (ROOT / "docs" / "verify-a-release.md").read_text(encoding="utf-8")
+    for machine in RELEASE["image"]["strategy"]["matrix"]["include"]:
+        name = f"attestor-enclave-{machine['arch']}"
+        (flags,) = re.findall(rf"^sudo make image IMAGE_FLAGS='(.*{name} .*)'$", page, re.MULTILINE)
+        assert flags.startswith("--twice ")
+        assert flags.endswith(f"--tag {name} --apt SNAPSHOT")
+        assert f"\nmake sbom IMAGE={name}" in page
+
+
 def test_the_page_names_every_wheel_of_a_release() -> None:
     page = (ROOT / "docs" / "verify-a-release.md").read_text(encoding="utf-8")
     script = (ROOT / "release" / "build-wheels").read_text(encoding="utf-8")
