@@ -78,13 +78,14 @@ make_base() { # NAME [URL]
     rm -rf "$tree"
 }
 
-# Steps that were done before are not done again; --no-cache among the arguments does all of them.
+# Steps that were done before are not done again; --no-cache among the arguments does all of them. No label says which
+# buildah it was: another one is to make the same image.
 build() { # TAG ARGUMENT...
     local tag=$1 ca=${ATTESTOR_BUILD_CA:-/etc/ssl/certs/ca-certificates.crt} secret=()
     shift
     [[ ! -e $ca ]] || secret=(--secret "id=ca,src=$ca")
     echo "building $tag: minutes the first time, see $cache/$tag.log" >&2
-    buildah bud --arch "$arch" --isolation chroot --layers --timestamp 0 "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
+    buildah bud --arch "$arch" --isolation chroot --layers --timestamp 0 --identity-label=false "${secret[@]}" --tag "$tag" "$@" "$top" >"$cache/$tag.log" 2>&1 || {
         tail -n 30 "$cache/$tag.log" >&2
         fail "image $tag cannot be built: see $cache/$tag.log"
     }

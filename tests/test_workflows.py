@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # moto brings it, without types
+from hatchling.metadata.spec import DEFAULT_METADATA_VERSION
 
 from tests.conftest import ROOT
 
@@ -102,6 +103,37 @@ def test_the_page_makes_each_image_as_the_workflow_does() -> None:
         assert flags.startswith("--twice ")
         assert flags.endswith(f"--tag {name} --apt SNAPSHOT")
         assert f"\nmake sbom IMAGE={name}" in page
+
+
+def test_what_is_published_is_of_the_job_that_built_it() -> None:
+    """An artifact of another job must not bring a wheel of its own."""
+    for job in ("publish", "page"):
+        downloads = [
+            step["with"]
+            for step in RELEASE[job]["steps"]
+            if step.get("uses", "").startswith("actions/download-artifact@")
+        ]
+        assert downloads == [
+            {"name": "wheels", "path": "wheels/"},
+            {"pattern": "image-*", "path": "images/", "merge-multiple": True},
+        ]
+    uploaded = [
+        step["with"]["name"]
+        for job in RELEASE.values()
+        for step in job["steps"]
+        if step.get("uses", "").startswith("actions/upload-artifact@")
+    ]
+    assert uploaded == ["wheels", "image-${{ matrix.arch }}"]
+
+
+def test_the_publisher_takes_the_metadata_that_hatchling_writes() -> None:
+    """2.5 is known to Twine from 7.0.0 on, which the publisher has from 1.14.2 on: before it tells
+    anybody, the release would be attested, and refused.
+    """
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    (version,) = re.findall(r"gh-action-pypi-publish@\w+ # v([\d.]+)$", text, re.MULTILINE)
+    assert tuple(map(int, version.split("."))) >= (1, 14, 2)
+    assert DEFAULT_METADATA_VERSION == "2.5"
 
 
 def test_the_page_names_every_wheel_of_a_release() -> None:
