@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -207,6 +209,53 @@ def test_no_name_leads_away_from_others(change: Path) -> None:
         assert f"::error file=policies/{name},title=attestor::statement 2: " in text
     assert "'policies/**/*.json': no fault" in text
     assert "'policies/good.json': no fault" in text
+
+
+def test_nothing_hides_its_neighbours(change: Path) -> None:
+    """A link to itself is no folder, and no reason to leave the others; a name may have lines."""
+    folder = change / "policies" / "of a team"
+    (folder / "loop").symlink_to("loop")
+    (folder / "nowhere").symlink_to("gone/for/ever")
+    (folder / "two\nlines.json").write_text(OPEN)
+    for pattern in ("policies/**/*.json", "policies/of a team/**"):
+        run = checked(change, pattern)
+        text = run.out.decode()
+        assert "::error file=policies/of a team/open.json,title=attestor::statement 2: " in text
+        assert "::error file=policies/of a team/two%0Alines.json,title=attestor::" in text
+
+
+def test_a_tree_as_deep_as_links_can_make_it(change: Path) -> None:
+    (change / "deep").mkdir()
+    for number in range(1500):
+        (change / "deep" / str(number)).mkdir()
+        (change / "deep" / str(number) / "n").symlink_to(f"../{number + 1}")
+    (change / "deep" / "1400" / "open.json").write_text(OPEN)
+    run = checked(change, "deep/1399/**/*.json")
+    assert (run.status, run.err) == (4, "")
+    assert b"::error file=deep/1399/n/open.json,title=attestor::statement 2: " in run.out
+    run = checked(change, "deep/0/**/*.json")  # by this way nobody can read it
+    assert (run.status, run.err) == (2, "")
+    assert b"Too many levels of symbolic links" in run.out
+
+
+def test_a_folder_that_cannot_be_read(
+    change: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is in it would pass unseen."""
+    listdir = os.listdir
+
+    def refuse(path: str) -> list[str]:
+        if path.endswith("of a team"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.chdir(change)
+    monkeypatch.setenv("POLICIES", "policies/**/*.json")
+    assert runpy.run_path(str(ACTION / "annotate.py"))["main"]() == 2
+    assert capsys.readouterr().out == (
+        "::error title=attestor::policies/of a team/ cannot be looked at: Permission denied\n"
+    )
 
 
 def test_links_between_folders(change: Path) -> None:

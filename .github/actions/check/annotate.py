@@ -40,11 +40,8 @@ def main() -> int:
     for name, pattern in asked:
         try:
             files = matching(pattern)
-        except OverflowError:
-            fix = "begin the pattern with a folder's name"
-            annotate(
-                "error", "", f"more than {ENTRIES_MAX} names to look at: {pattern}\nfix: {fix}"
-            )
+        except NotSearchedError as error:
+            annotate("error", "", str(error))
             return USAGE
         if not files:
             annotate("error", "", f"nothing is called {pattern}")
@@ -53,44 +50,59 @@ def main() -> int:
     return next((status for status in statuses if status), 0)
 
 
+class NotSearchedError(Exception):
+    """Where the files of a pattern may be cannot all be looked at."""
+
+
 def matching(pattern: str) -> list[str]:
     """The files that fit a pattern, hidden ones too, and what is called so: a change that brings
-    such a name must not lead away from all the others. Raises OverflowError where there is no end.
+    such a name must not lead away from all the others. Raises NotSearchedError.
     """
     fits = re.compile(expression(pattern)).fullmatch
     literal = re.match(r"([^*?]*/)?", pattern)
-    start = literal[0] if literal else ""
-    real = os.path.realpath(start or ".")
-    found = list(islice(below(start, real, frozenset({real})), ENTRIES_MAX + 1))
+    found = list(islice(below(literal[0] if literal else ""), ENTRIES_MAX + 1))
     if len(found) > ENTRIES_MAX:
-        raise OverflowError
+        raise NotSearchedError(
+            f"more than {ENTRIES_MAX} names to look at: {pattern}\n"
+            "fix: begin the pattern with a folder's name"
+        )
     named = {pattern} if os.path.lexists(pattern) else set()
     return sorted(named.union(name for name, is_folder in found if not is_folder and fits(name)))
 
 
 def expression(pattern: str) -> str:
     """A pattern as a regular expression: `*` and `?` are in one name, `**` is any folders."""
-    wild = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    wild = {"**/": "(?:[^/]+/)*", "**": "(?s:.*)", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"((?:(?<=/)|^)\*\*/|(?:(?<=/)|^)\*\*$|\*|\?)", pattern)
     return "".join(wild.get(part, re.escape(part)) for part in parts)
 
 
-def below(folder: str, real: str, above: frozenset[str]) -> Iterator[tuple[str, bool]]:
-    """Everything below a folder, whose path without links is `real`, and whether it is one.
+def below(start: str) -> Iterator[tuple[str, bool]]:
+    """Everything below a folder ("" or with a slash behind it), and whether it is a folder.
 
     Links are followed, as whoever uses the files does, but for those that lead back up, or out of
-    what is checked out.
+    what is checked out. A folder that cannot be read raises NotSearchedError: what is in it would
+    pass unseen. A link that leads nowhere is no folder; whoever reads it finds that.
     """
-    try:
-        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(real))
-    except OSError:
-        return  # what is asked for and is not found is an error of its own
-    for entry, is_folder in entries:
-        yield folder + entry, is_folder
-        if is_folder and folder + entry != ".git":
-            target = os.path.realpath(os.path.join(real, entry))
-            if target not in above and is_inside(target, real, entry):
-                yield from below(f"{folder}{entry}/", target, above | {target})
+    ahead = [(start, os.path.realpath(start or "."), frozenset[str]())]
+    while ahead:
+        folder, real, above = ahead.pop()
+        try:
+            entries = os.listdir(real)
+        except (FileNotFoundError, NotADirectoryError):
+            if folder == start:
+                return  # that nothing fits is an error of its own
+            continue
+        except OSError as error:
+            raise NotSearchedError(f"{folder} cannot be looked at: {error.strerror}") from error
+        above |= {real}
+        for entry in entries:
+            is_folder = os.path.isdir(os.path.join(real, entry))
+            yield folder + entry, is_folder
+            if is_folder and folder + entry != ".git":
+                target = os.path.realpath(os.path.join(real, entry))
+                if target not in above and is_inside(target, real, entry):
+                    ahead.append((f"{folder}{entry}/", target, above))
 
 
 def is_inside(target: str, real: str, entry: str) -> bool:
